@@ -239,13 +239,14 @@ def _is_docstring(node: ast.AST) -> bool:
     "Whether statement `node` is a bare string"
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
-# %% ../nbs/00a_runs.ipynb #93f2a460
+# %% ../nbs/00a_runs.ipynb #8e212d9d
 @functools.cache
 def _code_of(name: str, stamp: float) -> tuple[str, frozenset]:
     "The digest of module `name` without comments and docstrings, and the sadalib modules it imports"
     spec = importlib.util.find_spec(name)
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf8")) # type: ignore[union-attr,arg-type]
-    package = name if Path(spec.origin).name == "__init__.py" else name.rpartition(".")[0] # type: ignore[union-attr,arg-type]
+    is_package = Path(spec.origin).name == "__init__.py" # type: ignore[union-attr,arg-type]
+    package = name if is_package else name.rpartition(".")[0]
     for node in ast.walk(tree):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and _is_docstring(body[0]): body[0] = ast.Pass()
