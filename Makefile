@@ -5,14 +5,13 @@
 # make clean     remove what can be made again (never runs, never data)
 .PHONY: figures test lab readme export lock clean env
 PROFILE ?= smoke
-CORES ?= 2
 BIN := .venv/bin
 
 env:
 	@sh workflow/environment.sh
 
 figures: env
-	@$(BIN)/python -m sadalib.pipeline --profile $(PROFILE) --cores $(CORES) $(ARGS)
+	@$(BIN)/python -m sadalib.pipeline --profile $(PROFILE) $(ARGS)
 
 test: env
 	@$(BIN)/python workflow/check.py

@@ -1,0 +1,200 @@
+"The explorer in a real browser: JupyterLab on loopback, driven by Playwright through the chromium on the PATH"
+import json
+import os
+import re
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("playwright.sync_api", reason="the package playwright is not installed")
+pytest.importorskip("jupyterlab", reason="the package jupyterlab is not installed")
+from playwright.sync_api import Page, expect, sync_playwright
+
+CHROMIUM = shutil.which("chromium")
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH: install Debian's package `chromium`")
+FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync")
+
+CELLS = ["""\
+import time
+import torch
+from sadalib.data import load
+from sadalib.explore import FrequencyExplorer, FrequencyProbe
+from sadalib.models import create_model
+from sadalib.runs import randint, seeded
+from sadalib.sensitivity import sensitivity_map
+
+train, test = load("digits", "train"), load("digits", "test", limit=128)
+model, draws = create_model("tinynet", seed=0), seeded("browser")
+optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+for step in range(100):
+    rows = randint(0, len(train), 64, generator=draws)
+    loss = torch.nn.functional.cross_entropy(model(train.images[rows] / 255), train.labels[rows])
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+found = sensitivity_map(model, test.images, test.labels, cutoff=10)
+""", """\
+explorer = FrequencyExplorer(FrequencyProbe(model, test, map=found))
+explorer
+"""]
+
+
+def environment(root: Path) -> dict[str, str]:
+    "The test's own Jupyter: this Python's kernel, no user settings, no news, nothing kept"
+    from ipykernel.kernelspec import write_kernel_spec
+    names = ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR",
+             "JUPYTERLAB_WORKSPACES_DIR", "IPYTHONDIR")
+    folders = {name: root / name.lower() for name in names}
+    for folder in folders.values():
+        folder.mkdir(parents=True)
+    write_kernel_spec(str(folders["JUPYTER_DATA_DIR"] / "kernels" / "python3"))
+    settings = folders["JUPYTERLAB_SETTINGS_DIR"] / "@jupyterlab"
+    quiet = settings / "apputils-extension" / "notification.jupyterlab-settings"
+    quiet.parent.mkdir(parents=True)
+    quiet.write_text(json.dumps({"fetchNews": "false", "checkForUpdates": False}))
+    inherited = {k: v for k, v in os.environ.items() if k != "IN_TEST" and not k.startswith("JUPYTER")}
+    return inherited | {k: str(v) for k, v in folders.items()} | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def lab(tmp_path: Path):
+    "Address of a notebook in a JupyterLab of its own"
+    cells = [dict(cell_type="code", id=f"c{i}", metadata={}, source=s, outputs=[], execution_count=None)
+             for i, s in enumerate(CELLS)]
+    kernel = dict(kernelspec=dict(display_name="python3", language="python", name="python3"))
+    work = tmp_path / "work"
+    work.mkdir()
+    (work / "explore.ipynb").write_text(json.dumps(dict(cells=cells, metadata=kernel, nbformat=4, nbformat_minor=5)))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    token, env = secrets.token_hex(16), environment(tmp_path / "jupyter")
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ServerApp.ip=127.0.0.1",
+               f"--ServerApp.port={port}", "--ServerApp.port_retries=0", f"--ServerApp.root_dir={work}"]
+    log = tmp_path / "lab.log"
+    with log.open("wb") as out:
+        server = subprocess.Popen(command, env=env | {"JUPYTER_TOKEN": token}, stdout=out, stderr=out)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/api/status?token={token}", server, log)
+        yield f"http://127.0.0.1:{port}/lab/tree/explore.ipynb?token={token}"
+    finally:
+        server.terminate()
+        try:
+            server.wait(10)
+        except subprocess.TimeoutExpired:
+            server.kill()
+            server.wait()
+
+
+def wait_for(address: str, server: subprocess.Popen, log: Path, seconds: float = 90) -> None:
+    "Return when `address` answers; fail with the log when `server` does not come up"
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and server.poll() is None:
+        try:
+            urllib.request.urlopen(address, timeout=2).close()
+            return
+        except (urllib.error.URLError, OSError):
+            time.sleep(.2)
+    pytest.fail(f"JupyterLab did not start:\n{log.read_text()[-2000:]}")
+
+
+@pytest.fixture
+def page(lab: str, tmp_path: Path):
+    "The notebook open in the browser, all cells run; nothing outside this machine can be reached"
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=list(FLAGS))
+        page = browser.new_page(viewport={"width": 1440, "height": 960})
+        page.set_default_timeout(30_000)
+        page.route("**/*", lambda r: r.continue_() if r.request.url.startswith("http://127.0.0.1:") else r.abort())
+        page.complaints = []
+        page.on("pageerror", lambda error: page.complaints.append(str(error)))
+        page.on("console", lambda m: page.complaints.append(m.text) if m.type == "error" else None)
+        page.goto(lab)
+        page.locator(".jp-Notebook .jp-CodeCell").first.wait_for()
+        page.get_by_text("| Idle").wait_for()
+        page.get_by_role("menuitem", name="Run", exact=True).click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        yield page
+        page.screenshot(path=tmp_path / "page.png")
+        browser.close()
+
+
+def says(page: Page, start: str) -> str:
+    "The explorer's line, once it begins with `start`; a busy machine may take its time"
+    line = page.locator(".widget-html [role=status]")
+    expect(line).to_have_text(re.compile("^" + re.escape(start)), timeout=60_000)
+    return line.inner_text()
+
+
+def cell(page: Page, u: int, v: int, reach: int = 10) -> tuple[float, float]:
+    "Where on the page the middle of the map's cell (`u`, `v`) lies: the map begins 50, 8 pixels inside its canvas"
+    box = page.locator(".sadalib-picker canvas").bounding_box()
+    size = (box["width"] - 50 - 58) / (2 * reach + 1)
+    return box["x"] + 50 + (v + reach + .5) * size, box["y"] + 8 + (u + reach + .5) * size
+
+
+def test_explorer_in_jupyterlab(page: Page, tmp_path: Path):
+    canvas, picture = page.locator(".sadalib-picker canvas"), page.locator("img.widget-image")
+    failed = page.locator(".jp-OutputArea [data-mime-type='application/vnd.jupyter.error']")
+    canvas.or_(failed).first.wait_for(timeout=150_000)  # imports and a short training on a busy machine
+    assert not failed.count(), failed.all_inner_texts()
+    canvas.scroll_into_view_if_needed()
+    expect(canvas).to_have_attribute("role", "application")
+    assert "Arrow keys" in canvas.get_attribute("aria-label")
+    says(page, "u = ")
+    assert page.get_by_role("checkbox").is_checked()
+
+    image = picture.get_attribute("src")
+    page.mouse.click(*cell(page, 3, -2))
+    says(page, "u = 3, v = −2: error 0.")
+    assert picture.get_attribute("src") != image
+    expect(page.locator(".sadalib-says")).to_contain_text("u = 3, v = −2: error in the map 0.")
+
+    cells = page.locator(".jp-Notebook .jp-Cell").count()
+    for key, where in (("ArrowUp", "u = 2, v = −2"), ("Shift+ArrowRight", "u = 2, v = 3"), ("Home", "u = 0, v = 0")):
+        page.keyboard.press(key)
+        says(page, where)
+    assert page.locator(".jp-Notebook .jp-Cell").count() == cells
+
+    page.evaluate("""() => {
+        window.frames_seen = 0;
+        const image = document.querySelector("img.widget-image");
+        new MutationObserver(() => window.frames_seen++).observe(image, {attributes: true});
+    }""")
+    moves, began = 120, time.monotonic()
+    page.mouse.move(*cell(page, -10, -10))
+    page.mouse.down()
+    for i in range(moves + 1):
+        page.mouse.move(*cell(page, round(-10 + 16 * i / moves), round(-10 + 13 * i / moves)))
+    page.mouse.up()
+    moved = time.monotonic() - began
+    dragged, settled = says(page, "u = 6, v = 3"), time.monotonic() - began - moved
+    frames = page.evaluate("window.frames_seen")
+    assert 0 < frames < moves
+
+    image = picture.get_attribute("src")
+    page.get_by_role("slider").focus()
+    for _ in range(5):
+        page.keyboard.press("ArrowLeft")
+    expect(page.get_by_role("checkbox")).not_to_be_checked()
+    expect(picture).not_to_have_attribute("src", image)
+    turned = says(page, "u = 6, v = 3")
+    assert turned.split("radius")[1] != dragged.split("radius")[1]
+    page.get_by_role("checkbox").check()
+    expect(page.locator(".widget-html [role=status]")).to_contain_text(dragged.split("radius")[1].split(";")[0])
+
+    page.locator(".jp-OutputArea-output", has=canvas).screenshot(path=tmp_path / "explore.png")
+    assert (tmp_path / "explore.png").stat().st_size > 20_000
+    if os.environ.get("SADALIB_SCREENSHOT"):
+        shutil.copy(tmp_path / "explore.png", os.environ["SADALIB_SCREENSHOT"])
+    print(f"\n{frames} pictures in a drag of {moved:.1f} s, the last {settled:.1f} s after it; {turned}")
+    assert not page.complaints
