@@ -365,7 +365,7 @@ def _alive(holder: dict) -> bool:
     except PermissionError: pass
     return True
 
-# %% ../nbs/00h_pipeline.ipynb #210d26e4
+# %% ../nbs/00h_pipeline.ipynb #9b2d5728
 def _acquire(handle: int, folder: Path, wait: float) -> None:
     "Lock `handle`; refuses where a live pipeline has it, waits for the rest of a killed one"
     until, told = time.monotonic() + wait, False
@@ -376,7 +376,7 @@ def _acquire(handle: int, folder: Path, wait: float) -> None:
             who = f"process {holder.get('pid', '?')} on {holder.get('host', '?')}"
             raise SadalibError(f"another pipeline ({who}) works in {folder}: wait for it, or stop it and run the same "
                                "command again.")
-        if not told: print("an earlier call was killed: waiting for what is left of it to end", flush=True)
+        if not told: print("an earlier call was killed: waiting until what is left of it has ended", flush=True)
         told = True
         time.sleep(.3)
 
@@ -410,7 +410,7 @@ def _note_holder(handle: int, clean: bool) -> None:
     os.ftruncate(handle, 0)
     os.pwrite(handle, json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "clean": clean}).encode(), 0)
 
-# %% ../nbs/00h_pipeline.ipynb #02fe1641
+# %% ../nbs/00h_pipeline.ipynb #52ecd1c6
 def _snakemake(profile: str, configfile: Path) -> list[str]:
     "The words that every call of Snakemake starts with"
     return [sys.executable, "-m", "snakemake", "--snakefile", str(_clone()/"workflow"/"Snakefile"),
@@ -422,7 +422,6 @@ def _unlock(profile: str, configfile: Path, killed: bool) -> None:
     if not killed:
         raise SadalibError(f"a Snakemake that this command did not start holds {workspace()}: wait for it; if it was "
                            "killed, add --unlock.")
-    print("an earlier call was killed: going on where it ended", flush=True)
     subprocess.run([*_snakemake(profile, configfile), "--unlock"], cwd=workspace(), check=False,
                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
@@ -495,7 +494,7 @@ def _ending(steps: list[Step], status: int, watch: Watch | None) -> int:
     if not done and not broken: print("no job of this profile can run here.", flush=True)
     return 0 if done and not broken and not status else 1
 
-# %% ../nbs/00h_pipeline.ipynb #f1a833a6
+# %% ../nbs/00h_pipeline.ipynb #cf8aba5f
 def main(
     profile: str = "smoke", # smoke, small or paper
     *,
@@ -515,6 +514,7 @@ def main(
         _announce(steps, jobs)
         status, watch = 0, None
         if any(s.state == "left" for s in steps):
+            if killed: print("an earlier call was killed or interrupted: going on where it ended", flush=True)
             status, watch = _run(steps, jobs, path, int(config.get("threads", 2)), killed or unlock, handle)
         if not any((workspace()/".snakemake"/"locks").glob("*")): _note_holder(handle, True)
         return _ending(_plan(profile, config, False, anyway), status, watch)

@@ -71,23 +71,25 @@ def figures_root() -> Path: # may not exist yet
     if os.environ.get("SADALIB_FIGURES"): return Path(os.environ["SADALIB_FIGURES"]).expanduser().resolve()
     return (clone_root() or Path.cwd())/"figures"
 
-# %% ../nbs/00f_report.ipynb #7b9bb376
+# %% ../nbs/00f_report.ipynb #8462a527
 def _plain_name(word: str, what: str) -> str:
     "`word` if it is fit for a file name"
     if re.fullmatch(r"[a-z0-9][a-z0-9_-]*", str(word)): return word
     raise SadalibError(f"the {what} is called {word!r}: use lower-case letters, digits, _ and - only.")
 
+# %% ../nbs/00f_report.ipynb #463c2f2b
 def _rank(profile: str) -> int:
     "How close `profile` is to the published protocol"
     if profile in PROFILES: return PROFILES.index(profile)
     raise SadalibError(f"unknown profile {profile!r}{did_you_mean(profile, PROFILES)}")
 
-# %% ../nbs/00f_report.ipynb #41877743
+# %% ../nbs/00f_report.ipynb #6381b899
 def _base(root: str | Path | None, profile: str) -> Path:
     "The folder that holds the papers' folders for `profile`"
     base = Path(root) if root is not None else figures_root()
     return base/"smoke" if _rank(profile) == 0 else base
 
+# %% ../nbs/00f_report.ipynb #c170ac56
 def _read_json(path: Path) -> dict:
     "The JSON object in `path`; empty when there is none or it is broken"
     try: data = json.loads(path.read_text(encoding="utf8"))
@@ -115,11 +117,12 @@ def _place(paper: str, name: str, profile: str, root: str | Path | None, force: 
                            "keep it, or replace it with force=True (make: SADALIB_REPLACE=1).")
     return folder
 
-# %% ../nbs/00f_report.ipynb #af2c4889
+# %% ../nbs/00f_report.ipynb #11cebb22
 def _seed_of(data: dict) -> Any:
     "The seed of a result: its own, or the one of its configuration"
     return data.get("seed", (data.get("config") or {}).get("seed"))
 
+# %% ../nbs/00f_report.ipynb #735687d7
 def _profile_of(data: dict) -> str | None:
     "The profile of a result, if it names one"
     return data.get("profile") or (data.get("config") or {}).get("profile")
@@ -145,19 +148,36 @@ def _embedded(records: list[dict], said: bool, what: str) -> bool:
                            "make one for each, they are not comparable.")
     return bool(own) or said
 
-# %% ../nbs/00f_report.ipynb #460d3d6e
+# %% ../nbs/00f_report.ipynb #3c3b5c49
 def _json_bytes(data: Any) -> bytes:
     "JSON `data` as a file, the same bytes for the same content"
     return (json.dumps(data, indent=1, ensure_ascii=False, sort_keys=True, default=str) + "\n").encode()
 
-def _sha(data: bytes) -> str: return hashlib.sha256(data).hexdigest()
+# %% ../nbs/00f_report.ipynb #429cc5ba
+def _sha(data: bytes) -> str:
+    "sha256 of `data` in hex digits"
+    return hashlib.sha256(data).hexdigest()
 
+# %% ../nbs/00f_report.ipynb #952a71f3
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    "Hold the lock on `folder`, waiting for whoever has it; leaves no file"
+    import fcntl
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally: os.close(handle)
+
+# %% ../nbs/00f_report.ipynb #d1ce1fae
 def _keep_result(base: Path, data: dict) -> dict:
     "Copy result `data` to `base/results`; returns what a figure says of it"
     path = base/"results"/f"{data['id']}.json"
-    there = _read_json(path)
-    if there.get("digest") != data["digest"] or not intact(there): write_atomic(path, _json_bytes(data))
-    kept = _read_json(path)
+    with _alone(path.parent):
+        kept = _read_json(path)
+        if kept.get("digest") != data["digest"] or not intact(kept): write_atomic(path, _json_bytes(data))
+        kept = _read_json(path)
     made = {k: (kept.get("made") or {}).get(k) for k in ("commit", "dirty", "device")}
     own = {k: data.get(k) for k in ("id", "experiment", "code", "datasets")}
     return {**own, "seed": _seed_of(data), "profile": _profile_of(data), **made, "sha256": _sha(path.read_bytes())}
@@ -217,11 +237,12 @@ def _csv(frame: Any) -> bytes:
     plain = frame.astype(object).map(_cell)
     return plain.to_csv(index=False, lineterminator="\n").encode()
 
-# %% ../nbs/00f_report.ipynb #45d9b8f6
+# %% ../nbs/00f_report.ipynb #6c725649
 def _stamp(profile: str, embedded: bool) -> str:
     "What a picture below the published protocol says of itself"
     return "; ".join(s for s in (_STAMPS[profile], "embedded digits, not a public data set" if embedded else "") if s)
 
+# %% ../nbs/00f_report.ipynb #fa8b638c
 @contextlib.contextmanager
 def _stamped(fig: Any, text: str) -> Iterator[None]:
     "Show `text` under `fig` inside the block; nothing where it is empty"
@@ -383,12 +404,13 @@ def _check_claim(c: Claim) -> None:
     if c.verdict == "confirmed" and len(numbers) == 3 and not abs(numbers[0] - numbers[1]) <= numbers[2]:
         raise SadalibError(f"{name} is called confirmed, but {c.value} is not within {c.tolerance} of {c.expected}.")
 
-# %% ../nbs/00f_report.ipynb #5ddce1ef
+# %% ../nbs/00f_report.ipynb #065f47e0
 def _row(claim: Claim) -> dict:
     "`claim` as JSON data, its runs as ids"
     ids = sorted(getattr(run, "id", run) for run in claim.runs)
     return {f.name: getattr(claim, f.name) for f in dataclasses.fields(claim)} | {"runs": ids}
 
+# %% ../nbs/00f_report.ipynb #b3d0e44e
 def _merged(old: list[dict], new: list[dict]) -> list[dict]:
     "`old` claims with `new` ones in their places, sorted; a better profile stays"
     rows = {(r["notebook"], r["claim"]): r for r in old}
@@ -407,18 +429,6 @@ def _claims_page(paper: str, rows: list[dict]) -> str:
     given = [r["verdict"] for r in rows]
     counts = ", ".join(f"{given.count(v)} {v}" for v in VERDICTS if v in given)
     return f"# Claims: {paper}\n\n" + _markdown(pd.DataFrame(shown), f"{len(rows)} claims: {counts}.")
-
-# %% ../nbs/00f_report.ipynb #952a71f3
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    "Hold the lock on `folder`, waiting for whoever has it; leaves no file"
-    import fcntl
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally: os.close(handle)
 
 # %% ../nbs/00f_report.ipynb #f442128a
 def _check_runs_kept(base: Path, rows: list[dict]) -> None:

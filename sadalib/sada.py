@@ -99,18 +99,32 @@ def shuffled_map(
     mixed = half[rand(len(half), generator=generator, device=error.device).argsort()]
     return torch.cat([mixed, values[len(half):len(half) + 1], mixed.flip(0)]).view_as(error)
 
-# %% ../nbs/03_sada.ipynb #5ef990e4
-ROUNDING = 1e-6 # an inverse FFT in float32 puts a black pixel this far from 0
+# %% ../nbs/03_sada.ipynb #423d480d
+ROUNDING = 1e-6 # an inverse FFT in float32 puts a black pixel this far from 0; sides chosen by it would be noise
+
+class _OwnScale(torch.autograd.Function):
+    "Pixels divided by max(1, own maximum) and clamped; the gradient takes what is outside by rounding for inside"
+    @staticmethod
+    def forward(ctx, pixels):
+        peak, where = pixels.flatten(1).max(1)
+        over = peak > 1 + ROUNDING
+        scale = torch.where(over, peak, 1).view(-1, 1, 1, 1)
+        scaled = pixels/scale
+        ctx.save_for_backward(scaled, scale, where, over)
+        return scaled.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        scaled, scale, where, over = ctx.saved_tensors
+        inside = torch.ops.aten.hardtanh_backward(gradient.contiguous(), scaled, -ROUNDING, 1 + ROUNDING)
+        pull = torch.where(over, (inside*scaled).flatten(1).sum(1), 0) # through the maximum
+        flat = inside.flatten(1).scatter_add(1, where.unsqueeze(1), -pull.unsqueeze(1))
+        return flat.view_as(scaled)/scale
 
 def _into_range(pixels: Tensor, normalise: str) -> Tensor:
-    "Scale and clamp `pixels` to [0, 1]; the gradient takes a pixel that is outside by rounding for inside"
-    if normalise == "batch": return (pixels/pixels.max()).clamp(0, 1)
-    if normalise == "image":
-        peak = pixels.amax((1, 2, 3), keepdim=True)
-        pixels = pixels/torch.where(peak > 1 + ROUNDING, peak, 1)
-    inside = (pixels > -ROUNDING) & (pixels < 1 + ROUNDING)
-    through = torch.where(inside, pixels, pixels.detach())
-    return through + (through.clamp(0, 1) - through).detach()
+    "Scale and clamp `pixels` to [0, 1]"
+    if normalise == "image": return _OwnScale.apply(pixels)
+    return (pixels/pixels.max() if normalise == "batch" else pixels).clamp(0, 1)
 
 # %% ../nbs/03_sada.ipynb #4c5183af
 def _analyse(images: Tensor, compat: bool) -> tuple[Tensor, Tensor]:

@@ -289,7 +289,8 @@ def tiny(site, train=5, test=3):
 
 @pytest.mark.parametrize("told, says", [
     ({"body": PAGE}, "a web page came"), ({"status": 404}, "answers 404"),
-    ({"body": b"\x1f\x8b" + b"x" * 40}, "offers 42 bytes"), ({"status": 302, "location": "ftp://127.0.0.1/"}, "only https")], ids=["page", "404", "short", "ftp"])
+    ({"body": b"\x1f\x8b" + b"x" * 40}, "offers 42 bytes"),
+    ({"status": 302, "location": "ftp://127.0.0.1/"}, "only https")], ids=["page", "404", "short", "ftp"])
 def test_one_bad_file_of_four(site, tmp_path, told, says):
     card = tiny(site)
     name = card.files[2].name

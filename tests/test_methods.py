@@ -8,7 +8,6 @@ import torch
 from sadalib.models import create_model
 from sadalib.recipes import METHODS, TrainParameters, build_method
 from sadalib.runs import Shard, canonical, rand, seeded
-from sadalib.sensitivity import SensitivityMap
 
 
 def ready(name: str, **options):

@@ -13,8 +13,7 @@ from torch import nn
 from sadalib import sada
 from sadalib.models import create_model, frozen
 from sadalib.runs import SadalibError, Shard, rand, seeded
-from sadalib.sada import (SADA, amplitude_phase, from_amplitude, jsd_loss, shuffled_map, spectral_attack,
-                          spectral_weight)
+from sadalib.sada import SADA, amplitude_phase, from_amplitude, jsd_loss, shuffled_map, spectral_attack, spectral_weight
 
 HERE = Path(__file__).parent/"golden"
 FILES = ("sada_attack_digits", "sada_attack_digits_color", "sada_attack", "sada_attack_color")

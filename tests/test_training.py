@@ -56,9 +56,13 @@ def assert_same(a, b):
 def test_sigkill_at_random_moments_then_the_same_result(tmp_path):
     assert python("require(config)", tmp_path/"whole").wait() == 0
     whole, cut = results(tmp_path/"whole"), tmp_path/"cut"
-    pauses = (.15 + 1.2 * torch.rand(3, generator=torch.Generator().manual_seed(int(time.time()))) ).tolist()
+    pauses = (.15 + 1.2 * torch.rand(3, generator=torch.Generator().manual_seed(int(time.time())))).tolist()
     for pause in pauses:
-        job = python("import sadalib.training as t; t.Loop.__init__.__kwdefaults__['save_every'] = .05; print('go', flush=True); require(config)", cut)
+        job = python("""
+            import sadalib.training
+            sadalib.training.Loop.__init__.__kwdefaults__["save_every"] = .05
+            print("go", flush=True); require(config)
+        """, cut)
         job.stdout.readline()
         time.sleep(pause)
         job.send_signal(signal.SIGKILL)
@@ -97,11 +101,12 @@ RANKS = """
     from sadalib.data import load
     from sadalib.training import fit
     from sadalib.runs import save_tensors
-    class Kept(type(config.method)): name = "sada"
     model = create_model(os.environ["NET"], seed=0)
-    loop = fit(model, load("digits").take(101), config.method, Recipe(epochs=2, batch_size=25, warmup=2, lr=.05), progress=False, device="cpu")
+    recipe = Recipe(epochs=2, batch_size=25, warmup=2, lr=.05)
+    loop = fit(model, load("digits").take(101), config.method, recipe, progress=False, device="cpu")
     grads = {f"grad.{k}": p.grad for k, p in model.named_parameters()}
-    save_tensors(f"{os.environ['SADALIB_RUNS']}/rank{loop.team.rank}of{loop.team.size}.safetensors", {**model.state_dict(), **grads})
+    path = f"{os.environ['SADALIB_RUNS']}/rank{loop.team.rank}of{loop.team.size}.safetensors"
+    save_tensors(path, {**model.state_dict(), **grads})
     if loop.team.size > 1: dist.destroy_process_group()
 """
 
@@ -110,7 +115,8 @@ RANKS = """
 def test_two_gloo_ranks_equal_one_process(tmp_path, net):
     port = str(20000 + os.getpid() % 20000)
     jobs = [python(RANKS, tmp_path, NET=net)]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NET": net, "ACCELERATE_USE_CPU": "true"}
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NET": net,
+              "ACCELERATE_USE_CPU": "true"}
     jobs += [python(RANKS, tmp_path, RANK=str(r), LOCAL_RANK=str(r), **common) for r in (0, 1)]
     outs = [j.communicate(timeout=150)[0] for j in jobs]
     assert [j.returncode for j in jobs] == [0, 0, 0], "\n".join(outs)
@@ -149,11 +155,11 @@ class Diverging(Method):
 
 
 def test_nan_keeps_the_last_checkpoint(tmp_path):
-    data = load("digits").take(60)
-    fit(create_model("tinynet", seed=0), data, ERM(), Recipe(epochs=1, batch_size=20, warmup=1), folder=tmp_path, device="cpu", progress=False)
+    data, options = load("digits").take(60), {"folder": tmp_path, "device": "cpu", "progress": False}
+    fit(create_model("tinynet", seed=0), data, ERM(), Recipe(epochs=1, batch_size=20, warmup=1), **options)
     before = (tmp_path/"checkpoint"/"last.safetensors").read_bytes()
     with pytest.raises(SadalibError, match="last checkpoint is kept"):
-        fit(create_model("tinynet", seed=0), data, Diverging(), Recipe(epochs=2, batch_size=20, warmup=1), folder=tmp_path, device="cpu", progress=False)
+        fit(create_model("tinynet", seed=0), data, Diverging(), Recipe(epochs=2, batch_size=20, warmup=1), **options)
     assert (tmp_path/"checkpoint"/"last.safetensors").read_bytes() == before
 
 
@@ -181,7 +187,8 @@ def test_result_names_its_data(tmp_path):
 
 def test_batches_repeat_and_epochs_differ():
     from sadalib.training import Loop, batch_at
-    loop = Loop(create_model("tinynet", seed=0), load("digits").take(40), ERM(), Recipe(epochs=2, batch_size=20, augment="noise"), device="cpu")
+    recipe = Recipe(epochs=2, batch_size=20, augment="noise")
+    loop = Loop(create_model("tinynet", seed=0), load("digits").take(40), ERM(), recipe, device="cpu")
     a, b, c = (batch_at(loop, s)[0] for s in (0, 0, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert seeded(0, "x").initial_seed() != seeded(0, "y").initial_seed()

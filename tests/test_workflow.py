@@ -86,8 +86,10 @@ class House:
                 "outputs": [f"toys/decay_{seed}"], "minutes": .1, "after": list(after), "needs": list(needs)}
 
     def save(self):
-        profiles = {"threads": 1, "profiles": {"smoke": self.jobs, "small": self.jobs}}
-        (self.folder / "config.yaml").write_text(yaml.safe_dump(profiles))
+        (self.folder / "config.yaml").write_text(yaml.safe_dump(self.config()))
+
+    def config(self):
+        return {"threads": 1, "profiles": {"smoke": self.jobs, "small": self.jobs}}
 
     def words(self, *more):
         return [sys.executable, "-m", "sadalib.pipeline", "--profile", "small", "--configfile",
@@ -104,11 +106,10 @@ class House:
 
     def directly(self, *given):
         "Run the toy's code without papermill, Snakemake and interruptions, once for each of the parameters `given`"
-        for number, own in enumerate(given):
-            file = self.folder / f"direct{number}.py"
-            lines = "\n".join(f"{name} = {value!r}" for name, value in own.items())
-            file.write_text("\n".join((IMPORTS, PARAMETERS, lines, WORK)))
-            subprocess.run([sys.executable, str(file)], env=self.env, check=True, stdout=subprocess.DEVNULL)
+        lines = ["\n".join(f"{name} = {value!r}" for name, value in own.items()) for own in given]
+        file = self.folder / "direct.py"
+        file.write_text("\n".join("\n".join((IMPORTS, PARAMETERS, own, WORK)) for own in lines))
+        subprocess.run([sys.executable, str(file)], env=self.env, check=True, stdout=subprocess.DEVNULL)
 
     def hold(self, step):
         "Let running notebooks wait before `step`; None lets them go"
@@ -210,12 +211,12 @@ def test_parameters_reach_papermill_as_they_are(house):
 
 
 def test_failure_says_why_and_where_and_the_rest_is_done(house):
-    house.jobs = [house.job("broken", 7, wrong=True), house.job("odd", 8, sede=3), house.job("fine", 9)]
+    house.jobs = [house.job("broken", 7, wrong=True), house.job("fine", 9), house.job("next", 8, after=["broken"])]
     house.save()
-    status, said = house.run("--jobs", "3")
+    status, said = house.run("--jobs", "2")
     assert status == 1
     assert "not done: broken: RuntimeError: the toy broke on purpose (log: runs/workflow/logs/small/broken.log)" in said
-    assert "unknown parameter `sede`: did you mean `seed`?" in said
+    assert "not done: next: it was not started" in said
     assert "finished  fine" in said and "figures/toys/decay_9.png" in said
     assert (house.folder / "runs" / "notebooks" / "small" / "broken.ipynb").is_file()
     assert not (house.folder / "figures" / "toys" / "decay_7.json").exists()
@@ -256,8 +257,5 @@ def test_interrupted_then_killed_then_equal_and_then_nothing_to_do(house, tmp_pa
 
     status, said = house.run()
     assert status == 0 and "none to run" in said and "figures/toys/decay_1.png" in said
-    (house.folder / "figures" / "toys" / "decay_2.csv").unlink()
     (house.folder / "figures" / "toys" / "decay_2.json").unlink()
-    status, said = house.run()
-    assert status == 0 and "started   second" in said and "started   first" not in said
-    assert house.pictures() == other.pictures()
+    assert [step.state for step in pipeline.plan("small", house.config())] == ["done", "left"]

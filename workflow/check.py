@@ -4,7 +4,16 @@
 usage: python workflow/check.py [STEP ...]            check (all steps by default); exit status 1 if any failed
        python workflow/check.py --write STEP ...      make it so: clean, export, readme
 """
-import argparse, filecmp, json, os, re, shutil, subprocess, sys, tempfile, time
+import argparse
+import filecmp
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent

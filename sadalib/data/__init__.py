@@ -345,12 +345,17 @@ def _row_fault(row: dict[str, str]) -> str:
         return f"class {row['class']} has label {row['label']}, expected 0 to 6 in the order {order},"
     return "" if row["split"] in ("train", "val") else f"split {row['split']} is neither train nor val"
 
-# %% ../../nbs/00b_data.ipynb #fd57fde1
+# %% ../../nbs/00b_data.ipynb #672368b2
+def _shuffled(row: dict[str, str]) -> bytes:
+    "The place of a row of split.csv in the mixed order; the same for .jpg and .png"
+    return hashlib.sha256(os.path.splitext(row["path"])[0].encode()).digest()
+
+# %% ../../nbs/00b_data.ipynb #a2f6b3a5
 def read_lists(
     root: Path,  # the data root
     domain: str,  # "photo", "art_painting", "cartoon" or "sketch"
 ) -> list[dict[str, str]]:  # path, domain, class, label, split
-    "The rows of `<root>/pacs/split.csv` that belong to `domain`, checked"
+    "The rows of `<root>/pacs/split.csv` that belong to `domain`, checked, in a fixed mixed order"
     file = root / "pacs" / "split.csv"
     check_recorded(file, "pacs")
     try:
@@ -362,7 +367,7 @@ def read_lists(
     if faults or not rows:
         path, fault = faults[0] if faults else (domain, "no images are listed")
         raise SadalibError(f"pacs/{domain}: {fault} for {path} in split.csv: {_again('pacs')}.")
-    return rows
+    return sorted(rows, key=_shuffled)
 
 # %% ../../nbs/00b_data.ipynb #a0395c36
 def resize(
@@ -478,14 +483,14 @@ def _places(root: Path, file: str) -> list[Path]:
     mark = hashlib.sha256(str(root.resolve()).encode()).hexdigest()[:12]
     return [root / "pacs" / ".cache" / file, cache / "sadalib" / "decoded" / mark / file]
 
-# %% ../../nbs/00b_data.ipynb #7ad28df9
+# %% ../../nbs/00b_data.ipynb #7e147f57
 def read_pacs(
     name: str,  # "pacs/<domain>"
     split: str,  # "train" and "valid" are the official lists; "test" and "all" the whole domain
     root: Path,  # the data root
     size: int | None,  # None keeps the files' own size
 ) -> tuple[np.ndarray, np.ndarray, str]:  # images (N, size, size, 3), labels, note
-    "Images and labels of a PACS domain, in the order of split.csv"
+    "Images and labels of a PACS domain, in the order of `read_lists`"
     domain = parse_name(name)[1]
     rows = read_lists(root, domain)
     paths = [row["path"] for row in rows]
