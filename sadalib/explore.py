@@ -122,7 +122,7 @@ def map_cell(
     ku, kv = (n // 2 for n in map.error.shape)
     return getattr(map, name)[..., ku + u, kv + v] if abs(u) <= ku and abs(v) <= kv else None
 
-# %% ../nbs/12_explore.ipynb #9408c9e2
+# %% ../nbs/12_explore.ipynb #1c426650
 def _check_wave(u: float, v: float, radius: float | None, images: Tensor) -> None:
     "Refuse a frequency that `images` do not have and a radius that is no length"
     ku, kv = ((n - 1) // 2 for n in images.shape[2:])
@@ -133,6 +133,7 @@ def _check_wave(u: float, v: float, radius: float | None, images: Tensor) -> Non
         raise SadalibError(f"radius {radius} is no L2 norm: expected a finite number of at least 0; None takes the "
                            "map's own rule.")
 
+# %% ../nbs/12_explore.ipynb #8910d8f6
 class FrequencyProbe(ModelProbe):
     "Adds one Fourier wave to `images` and asks `model` again: `.at(u, v, radius)`, plain data, no widgets"
     def __init__(
@@ -270,11 +271,12 @@ class ShareBars:
             number = "none here" if share is None else f"{share:.2f}"
             self.values[row].set_text(f"{number} ± {error:.2f}" if ends else number)
 
-# %% ../nbs/12_explore.ipynb #67839889
+# %% ../nbs/12_explore.ipynb #3e37d14b
 def _short(radius: float) -> str:
     "`radius` in three digits, never as a power of ten"
     return f"{radius:.3g}" if radius < 1000 else f"{radius:.0f}"
 
+# %% ../nbs/12_explore.ipynb #96d0de8b
 class ProbePicture:
     "A `Probe` drawn on a matplotlib `figure`: wave and errors above, images below; `draw` refills it"
     def __init__(
@@ -496,7 +498,7 @@ def _canvas_class() -> type:
     traits = {name: kind().tag(sync=True) for kind, names in kinds.items() for name in names.split()}
     return type("Canvas", (anywidget.AnyWidget,), {"_esm": _PAINT_JS + _PICK_JS, "_css": _PICKER_CSS, **traits})
 
-# %% ../nbs/12_explore.ipynb #87c43239
+# %% ../nbs/12_explore.ipynb #349b81d2
 class Picker:
     "An array as a map to pick from: click, drag, or the arrow keys; `.position`, `.on_pick(function)`, `.widget`"
     def __init__(
@@ -517,8 +519,7 @@ class Picker:
             raise SadalibError(f"a picker got values of shape {values.shape}: expected (rows, columns); pass one map.")
         self.limits, self.cmap = limits, cmap
         first = first or (-(values.shape[0] // 2), -(values.shape[1] // 2))
-        start = [max(0, first[0]), max(0, first[1])]
-        self.widget = _canvas_class()(shape=list(values.shape), first=list(first), position=start, limits=list(limits),
+        self.widget = _canvas_class()(shape=list(values.shape), first=list(first), position=[max(0, n) for n in first], limits=list(limits),
                                       names=list(names), quantity=quantity, label=label, mirror=mirror, width=width,
                                       bar=self._colours(np.linspace(limits[1], limits[0], 256)))
         self.show(values)
@@ -551,11 +552,8 @@ class Picker:
                                f"{tuple(f + n - 1 for f, n in zip(first, shape, strict=True))}; pick one on the map.")
         self.widget.position = list(at)
 
-    def on_pick(
-        self,
-        function: Callable, # called with the two coordinates
-    ) -> None:
-        "Call `function` whenever another cell is picked"
+    def on_pick(self, function: Callable) -> None:
+        "Call `function` with the two coordinates whenever another cell is picked"
         self.widget.observe(lambda change: function(*change["new"]), "position")
 
 # %% ../nbs/12_explore.ipynb #b1bdb748
@@ -611,7 +609,7 @@ class Explorer:
             picture = {"text/plain": type(self).__name__, "image/png": base64.b64encode(out.getvalue()).decode()}
         return picture if os.environ.get("IN_TEST") else self.widget._repr_mimebundle_() | picture
 
-# %% ../nbs/12_explore.ipynb #e8692694
+# %% ../nbs/12_explore.ipynb #7bb92c21
 def _start(map: SensitivityMap | None) -> tuple[int, int]:
     "The frequency to open with: half of the predictions are wrong there; DC without a map"
     if map is None:
@@ -619,6 +617,7 @@ def _start(map: SensitivityMap | None) -> tuple[int, int]:
     row, column = divmod(int((map.error - .5).abs().argmin()), map.error.shape[1])
     return row - map.error.shape[0] // 2, column - map.error.shape[1] // 2
 
+# %% ../nbs/12_explore.ipynb #12b3b324
 def _radius_controls(radius: float, map: SensitivityMap | None) -> tuple[Any, Any]:
     "A slider that reaches every radius of `map`, and the box that follows the map's rule"
     import ipywidgets as w
@@ -629,7 +628,7 @@ def _radius_controls(radius: float, map: SensitivityMap | None) -> tuple[Any, An
     return slider, w.Checkbox(value=True, description="as in the map, a radius for each frequency", indent=False,
                               layout={"width": "300px", "margin": "0 0 0 76px"})
 
-# %% ../nbs/12_explore.ipynb #2b3f15d2
+# %% ../nbs/12_explore.ipynb #a4aa79ce
 def _map_half(figure: Any, values: np.ndarray, at: tuple[int, int], cmap: str) -> None:
     "Draw the map `values` on a matplotlib `figure` of 4.6 x 4.6 inches and mark the frequency `at`"
     axes, (ku, kv) = figure.add_axes((.13, .155, .7, .7)), (n // 2 + .5 for n in values.shape)
@@ -640,6 +639,7 @@ def _map_half(figure: Any, values: np.ndarray, at: tuple[int, int], cmap: str) -
         axes.plot(at[1], at[0], "s", markersize=size, markerfacecolor="none", color=colour, markeredgewidth=2)
     figure.figure.colorbar(shown, cax=figure.add_axes((.86, .155, .03, .7)))
 
+# %% ../nbs/12_explore.ipynb #bf0eaad9
 class FrequencyExplorer(Explorer):
     "A `probe` to look at: pick a frequency on its map, turn the radius, see what the model answers"
     def __init__(

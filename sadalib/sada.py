@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 _all_ = ["jsd_loss"]
 
-# %% ../nbs/03_sada.ipynb #bb3fe15e
+# %% ../nbs/03_sada.ipynb #783d0923
 def amplitude_phase(
     images: Tensor, # real, (B, C, H, W)
 ) -> tuple[Tensor, Tensor]: # amplitude and phasor, both (B, C, H, W//2+1)
     "The amplitude |F| and the phasor F/|F| of each channel of `images`; a zero coefficient has phase 0"
     spectrum = torch.fft.rfft2(images)
     amplitude = spectrum.abs()
-    return amplitude, torch.where(amplitude > 0, spectrum/amplitude, 1)
+    return amplitude, torch.where(amplitude > 0, spectrum.sgn(), 1)
 
 # %% ../nbs/03_sada.ipynb #5e610005
 def from_amplitude(
@@ -99,32 +99,14 @@ def shuffled_map(
     mixed = half[rand(len(half), generator=generator, device=error.device).argsort()]
     return torch.cat([mixed, values[len(half):len(half) + 1], mixed.flip(0)]).view_as(error)
 
-# %% ../nbs/03_sada.ipynb #423d480d
+# %% ../nbs/03_sada.ipynb #9f42cfd3
 ROUNDING = 1e-6 # an inverse FFT in float32 puts a black pixel this far from 0; sides chosen by it would be noise
-
-class _OwnScale(torch.autograd.Function):
-    "Pixels divided by max(1, own maximum) and clamped; the gradient takes what is outside by rounding for inside"
-    @staticmethod
-    def forward(ctx, pixels):
-        peak, where = pixels.flatten(1).max(1)
-        over = peak > 1 + ROUNDING
-        scale = torch.where(over, peak, 1).view(-1, 1, 1, 1)
-        scaled = pixels/scale
-        ctx.save_for_backward(scaled, scale, where, over)
-        return scaled.clamp(0, 1)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        scaled, scale, where, over = ctx.saved_tensors
-        inside = torch.ops.aten.hardtanh_backward(gradient.contiguous(), scaled, -ROUNDING, 1 + ROUNDING)
-        pull = torch.where(over, (inside*scaled).flatten(1).sum(1), 0) # through the maximum
-        flat = inside.flatten(1).scatter_add(1, where.unsqueeze(1), -pull.unsqueeze(1))
-        return flat.view_as(scaled)/scale
 
 def _into_range(pixels: Tensor, normalise: str) -> Tensor:
     "Scale and clamp `pixels` to [0, 1]"
-    if normalise == "image": return _OwnScale.apply(pixels)
-    return (pixels/pixels.max() if normalise == "batch" else pixels).clamp(0, 1)
+    if normalise == "batch": return (pixels/pixels.max()).clamp(0, 1)
+    peak = pixels.amax((1, 2, 3), keepdim=True)
+    return (pixels/torch.where(peak > 1 + ROUNDING, peak, 1) if normalise == "image" else pixels).clamp(0, 1)
 
 # %% ../nbs/03_sada.ipynb #4c5183af
 def _analyse(images: Tensor, compat: bool) -> tuple[Tensor, Tensor]:
@@ -136,6 +118,29 @@ def _analyse(images: Tensor, compat: bool) -> tuple[Tensor, Tensor]:
 def _synthesise(amplitude: Tensor, phasor: Tensor, width: int, compat: bool) -> Tensor:
     "Pixels from `amplitude` and `phasor`; the modulus of the complex image under `compat`"
     return torch.fft.ifft2(amplitude*phasor).abs() if compat else from_amplitude(amplitude, phasor, width)
+
+# %% ../nbs/03_sada.ipynb #a28ba308
+class _Image(torch.autograd.Function):
+    "From amplitudes to images in [0, 1], each on its own scale; what is outside by rounding has the gradient of inside"
+    @staticmethod
+    def forward(ctx, amplitude, phasor, width, scaled):
+        pixels = from_amplitude(amplitude, phasor, width)
+        peak, where = pixels.flatten(1).max(1)
+        over = (peak > 1 + ROUNDING) & scaled
+        scale = torch.where(over, peak, 1).view(-1, 1, 1, 1)
+        pixels = pixels/scale
+        ctx.save_for_backward(pixels, phasor, scale, where, over)
+        return pixels.clamp(0, 1)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        pixels, phasor, scale, where, over = ctx.saved_tensors
+        inside = torch.ops.aten.hardtanh_backward(gradient.contiguous(), pixels, -ROUNDING, 1 + ROUNDING)
+        pull = torch.where(over, (inside*pixels).flatten(1).sum(1), 0) # by way of the maximum
+        flat = inside.flatten(1).scatter_add(1, where.unsqueeze(1), -pull.unsqueeze(1))
+        back = (torch.fft.rfft2(flat.view_as(pixels)/scale)*phasor.conj()).real/pixels[0, 0].numel()
+        back[..., 1:(pixels.shape[-1] + 1)//2] *= 2
+        return back, None, None, None
 
 # %% ../nbs/03_sada.ipynb #cb1527e8
 def _factors(given: Tensor, like: Tensor, width: int, compat: bool, what: str) -> Tensor:
@@ -250,7 +255,7 @@ def _tested(logits: Tensor, labels: Tensor) -> Tensor:
                            f"{tuple(logits.shape)}: labels run from 0 to classes - 1.")
     return logits if logits.dtype == torch.float64 else logits.float()
 
-# %% ../nbs/03_sada.ipynb #b5fe559c
+# %% ../nbs/03_sada.ipynb #13e4e26f
 class _Climb:
     "The amplitudes of a batch on their way up the loss"
     def __init__(self, net: nn.Module, images: Tensor, labels: Tensor, rule: _Rule):
@@ -264,8 +269,10 @@ class _Climb:
 
     def images(self, amplitude: Tensor, rows: Tensor | slice = slice(None)) -> Tensor:
         "Images in [0, 1] of `rows` with `amplitude`"
-        pixels = _synthesise(amplitude, self.phasor[rows], self.width, self.rule.compat)
-        return _into_range(pixels, self.rule.normalise)
+        phasor, how = self.phasor[rows], self.rule.normalise
+        if self.rule.compat or how == "batch":
+            return _into_range(_synthesise(amplitude, phasor, self.width, self.rule.compat), how)
+        return _Image.apply(amplitude, phasor, self.width, how == "image")
 
     def look(self, logits: Tensor, rows: Tensor) -> Tensor:
         "Charge the misclassified of `rows`; which of them go on"
@@ -277,15 +284,16 @@ class _Climb:
 
     def step(self, rows: Tensor, start: Tensor) -> Tensor:
         "One step of `rows`; returns those that are still in play"
-        rule, amplitude = self.rule, self.amplitude[rows].requires_grad_()
-        logits = _tested(_called(self.net, self.images(amplitude, rows), rule.compat), self.labels[rows])
+        rule, part = self.rule, slice(None) if len(rows) == len(self.labels) else rows
+        amplitude, labels = self.amplitude[part].detach().requires_grad_(), self.labels[part]
+        logits = _tested(_called(self.net, self.images(amplitude, part), rule.compat), labels)
         alive = self.look(logits, rows)
         if not alive.any(): return rows[:0]
-        loss = F.cross_entropy(logits, self.labels[rows], reduction="mean" if rule.compat else "sum")
+        loss = F.cross_entropy(logits, labels, reduction="mean" if rule.compat else "sum")
         direction = torch.autograd.grad(loss, amplitude)[0].sign()*(1 if rule.direction == "neg" else -1)
-        moved = _stepped(amplitude.detach(), direction, rule.step_size, self.weight, start[rows], rule.eps)
+        moved = _stepped(amplitude.detach(), direction, rule.step_size, self.weight, start[part], rule.eps)
         going = alive.view(-1, 1, 1, 1) | (not rule.freeze)
-        self.amplitude[rows] = torch.where(going, moved, amplitude.detach())
+        self.amplitude[part] = torch.where(going, moved, amplitude.detach())
         self.steps_run += 1
         return rows[alive] if rule.compact else rows
 

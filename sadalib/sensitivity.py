@@ -272,7 +272,7 @@ def perturbed(
     out = torch.addcmul(images, strengths[..., None, None], waves)
     return out.clamp_(0, 1) if clamp else out
 
-# %% ../nbs/01_sensitivity.ipynb #be8e09cc
+# %% ../nbs/01_sensitivity.ipynb #2851894d
 def _logits(net: nn.Module, images: Tensor) -> Tensor:
     "Logits (B, K) of `images`; raises `SadalibError` when the model gives something else"
     logits = net(images)
@@ -302,10 +302,9 @@ def _members(labels: Tensor, classes: int) -> Tensor:
                            "labels that it was trained with.")
     return labels.bincount(minlength=classes)
 
-def _default_batch(images: Tensor, precision: str) -> int:
+def _default_batch(images: Tensor) -> int:
     "Images of one forward pass: few on a CPU, where they should stay in its caches, thousands on an accelerator"
     limit, pixels = (128, 2**19) if images.device.type == "cpu" else (4096, 2**22)
-    if precision == "bf16": limit, pixels = 2 * limit, 2 * pixels # half the bytes
     return max(16, min(limit, pixels // (images.shape[2] * images.shape[3])))
 
 # %% ../nbs/01_sensitivity.ipynb #07d18fb9
@@ -417,7 +416,7 @@ def _checked(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int |
     device = next((t.device for t in (*model.parameters(), *model.buffers())), images.device)
     return images.to(device), labels.to(device, torch.int64)
 
-# %% ../nbs/01_sensitivity.ipynb #2e4769ae
+# %% ../nbs/01_sensitivity.ipynb #dc4499cd
 def sensitivity_map(
     model: nn.Module, # takes images in [0, 1] (normalisation inside), gives logits (B, K); left as it was
     images: Tensor, # float in [0, 1] or uint8, (N, C, H, W); moved to the model's device
@@ -442,7 +441,7 @@ def sensitivity_map(
     source = _sign_source(signs, tuple(images.shape[:2]), generator) # type: ignore[arg-type]
     with frozen(model) as net, torch.no_grad():
         sweep = _Sweep(net, images, labels, half, radii, source, clamp=clamp, precision=precision,
-                       batch_size=batch_size or _default_batch(images, precision))
+                       batch_size=batch_size or _default_batch(images))
         clean = sweep.clean()
         key = "" if resume is None else _fingerprint(model, sweep)
         partial = _Partial(resume, key, (len(half), sweep.classes))
