@@ -187,19 +187,21 @@ class FrequencyProbe(ModelProbe):
                      opposite, self.clean_predictions, predictions[:n], predictions[n:], self.labels,
                      self.error(predictions[:n]), self.clean_error, *(x if x is None else x.item() for x in fields))
 
-# %% ../nbs/12_explore.ipynb #b6a61b05
+# %% ../nbs/12_explore.ipynb #c008b29f
 def mosaic(
     rows: list[Tensor],  # one (S, C, H, W) per row, the same shape each
     *,
     gap: tuple[float, float] = (.42, .14), # room below and beside an image, as shares of its size
 ) -> np.ndarray: # (rows * (H + gap), S * (W + gap), 3), white between the images
     "Put images side by side in one array; one that leaves [0, 1] is squeezed into it as a whole"
-    stack = torch.stack([r.detach().float().cpu() for r in rows])                    # (R, S, C, H, W)
-    stack = stack.expand(-1, -1, 3, -1, -1) if stack.shape[2] < 3 else stack[:, :, :3]
-    low, high = stack.amin((2, 3, 4), True).clamp_max(0), stack.amax((2, 3, 4), True).clamp_min(1)
+    stack = np.stack([r.detach().float().cpu().numpy() for r in rows])            # (R, S, C, H, W)
+    stack = stack[:, :, [0, 0, 0] if stack.shape[2] < 3 else [0, 1, 2]]
+    low, high = stack.min((2, 3, 4), keepdims=True).clip(max=0), stack.max((2, 3, 4), keepdims=True).clip(min=1)
     below, beside = (math.ceil(g * n) for g, n in zip(gap, stack.shape[3:], strict=True))
-    padded = nn.functional.pad((stack - low) / (high - low), (0, beside, 0, below), value=1.)
-    return padded.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1).numpy()         # (R * H', S * W', 3)
+    room = [(0, 0), (0, 0), (0, 0), (0, below), (0, beside)]
+    padded = np.pad((stack - low) / (high - low), room, constant_values=1.)
+    count, columns, colours, height, width = padded.shape
+    return padded.transpose(0, 3, 1, 4, 2).reshape(count * height, columns * width, colours)
 
 # %% ../nbs/12_explore.ipynb #8295d3d1
 _RIGHT, _WRONG, _QUIET = "#1b6ca8", "#d1495b", "#5f6b76"  # told apart without red-green vision; signs repeat the colour

@@ -33,11 +33,11 @@ def resolve_profile(
     if os.environ.get("IN_TEST"): return "smoke"
     return "paper" if torch.cuda.is_available() else "small"
 
-# %% ../nbs/00i_recipes.ipynb #c97baf99
+# %% ../nbs/00i_recipes.ipynb #e152f829
 _SGD = Recipe(batch_size=64, lr=.02, warmup=50, augment="noise")
 BASE: dict[tuple[str, str], dict[str, Any]] = {
     ("digits", "smoke"): dict(model="digitnet", train_images=600, threads=1, n=50, cutoff=6,
-                              recipe=replace(_SGD, epochs=8, warmup=10), tune=2),
+                              recipe=replace(_SGD, epochs=8, batch_size=32, lr=.03, warmup=10), tune=2),
     ("digits", "small"): dict(model="digitnet", n=300, recipe=replace(_SGD, epochs=30), tune=8),
     ("digits", "paper"): dict(model="digitnet", n=450, recipe=replace(_SGD, epochs=50), tune=10),
     ("mnist", "smoke"): dict(model="digitnet", train_images=600, valid_images=200, threads=1, n=50, cutoff=6,

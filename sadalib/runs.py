@@ -368,7 +368,7 @@ def duration(
     s = round(seconds)
     return f"{s} s" if s < 100 else f"{round(s / 60)} min" if s < 6000 else f"{s / 3600:.1f} h"
 
-# %% ../nbs/00a_runs.ipynb #73a76a60
+# %% ../nbs/00a_runs.ipynb #da9d57d1
 class Run:
     "The folder of one run of `config`; making the object touches no file"
     def __init__(
@@ -381,7 +381,7 @@ class Run:
         self.folder = Path(root or runs_root())/self.experiment/self.id
         maker = _COMPUTES.get(type(config))
         self.code = code_digest(*_modules_of(config), maker.__module__ if maker else "")
-        self._began = time.monotonic()
+        self._began, self._cpu = time.monotonic(), time.process_time()
 
     def __repr__(self) -> str: return f"Run({self.experiment}/{self.id}, {'done' if self.done else 'not done'})"
 
@@ -461,7 +461,7 @@ class Log:
         rows = [r for r in self.rows() if r.get("step", 0) <= step]
         write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in rows))
 
-# %% ../nbs/00a_runs.ipynb #ad0cee21
+# %% ../nbs/00a_runs.ipynb #3142a115
 @contextlib.contextmanager
 def open_run(
     run: Run, # not finished, or stale and to be redone
@@ -474,9 +474,10 @@ def open_run(
         if run.stale: clear(run)
         run.write("config.json", canonical(run.config))
         before = run._read("env.json")
-        spent = {"seconds": before.get("seconds", 0.), "starts": before.get("starts", 0) + 1}
+        spent = {"seconds": 0., "cpu_seconds": 0., **{k: before[k] for k in ("seconds", "cpu_seconds") if k in before}}
+        spent["starts"] = before.get("starts", 0) + 1
         run.write("env.json", {**provenance(device), "code": run.code, **spent})
-        run._began = time.monotonic()
+        run._began, run._cpu = time.monotonic(), time.process_time()
         try: yield Log(run.folder/"metrics.jsonl")
         except OSError as e: raise _file_problem(run.folder/"checkpoint", e) from e
 
@@ -490,7 +491,7 @@ def clear(
         if path.is_dir(): shutil.rmtree(path)
         elif path.name not in ("lock", "holder.json", "config.json"): path.unlink()
 
-# %% ../nbs/00a_runs.ipynb #bf361454
+# %% ../nbs/00a_runs.ipynb #b17bf3ea
 def finish(
     run: Run, # open
     metrics: list[dict], # rows such as {"metric": "accuracy", "data": "usps", "value": .76, "n": 2007}
@@ -503,7 +504,8 @@ def finish(
     body = {**body, "metrics": metrics, **extra}
     run.write("result.json", {**body, "digest": digest(json.loads(json.dumps(body, default=str)))})
     env = run._read("env.json")
-    spent = {"seconds": env.get("seconds", 0.) + time.monotonic() - run._began, "peak_memory": peak_memory()}
+    spent = {"seconds": env.get("seconds", 0.) + time.monotonic() - run._began,
+             "cpu_seconds": env.get("cpu_seconds", 0.) + time.process_time() - run._cpu, "peak_memory": peak_memory()}
     run.write("env.json", {**env, **spent})
     write_atomic(run.folder/"done", run.id + "\n")
 

@@ -119,26 +119,26 @@ def _synthesise(amplitude: Tensor, phasor: Tensor, width: int, compat: bool) -> 
     "Pixels from `amplitude` and `phasor`; the modulus of the complex image under `compat`"
     return torch.fft.ifft2(amplitude*phasor).abs() if compat else from_amplitude(amplitude, phasor, width)
 
-# %% ../nbs/03_sada.ipynb #a28ba308
+# %% ../nbs/03_sada.ipynb #7dab05ee
 class _Image(torch.autograd.Function):
-    "From amplitudes to images in [0, 1], each on its own scale; what is outside by rounding has the gradient of inside"
+    "From amplitudes to images in [0, 1], each on its own scale; the gradient does not hang on rounding"
     @staticmethod
     def forward(ctx, amplitude, phasor, width, scaled):
         pixels = from_amplitude(amplitude, phasor, width)
-        peak, where = pixels.flatten(1).max(1)
+        peak = pixels.amax((1, 2, 3), keepdim=True)
         over = (peak > 1 + ROUNDING) & scaled
-        scale = torch.where(over, peak, 1).view(-1, 1, 1, 1)
+        scale = torch.where(over, peak, 1)
         pixels = pixels/scale
-        ctx.save_for_backward(pixels, phasor, scale, where, over)
+        ctx.save_for_backward(pixels, phasor, scale, over)
         return pixels.clamp(0, 1)
 
     @staticmethod
     def backward(ctx, gradient):
-        pixels, phasor, scale, where, over = ctx.saved_tensors
+        pixels, phasor, scale, over = ctx.saved_tensors
         inside = torch.ops.aten.hardtanh_backward(gradient.contiguous(), pixels, -ROUNDING, 1 + ROUNDING)
-        pull = torch.where(over, (inside*pixels).flatten(1).sum(1), 0) # by way of the maximum
-        flat = inside.flatten(1).scatter_add(1, where.unsqueeze(1), -pull.unsqueeze(1))
-        back = (torch.fft.rfft2(flat.view_as(pixels)/scale)*phasor.conj()).real/pixels[0, 0].numel()
+        top = (pixels > 1 - ROUNDING) & over # they share the gradient of the maximum
+        pull = (inside*pixels).sum((1, 2, 3), keepdim=True)/top.sum((1, 2, 3), keepdim=True).clamp(min=1)
+        back = (torch.fft.rfft2((inside - top*pull)/scale)*phasor.conj()).real/pixels[0, 0].numel()
         back[..., 1:(pixels.shape[-1] + 1)//2] *= 2
         return back, None, None, None
 

@@ -63,7 +63,7 @@ def fourier_basis(
                            f"{height // 2} and |v| <= {width // 2}.")
     return _waves(torch.tensor([[u, v]]), height, width)[0]
 
-# %% ../nbs/01_sensitivity.ipynb #1817becc
+# %% ../nbs/01_sensitivity.ipynb #fef16dc1
 def _window(height: int, width: int, cutoff: int | None) -> tuple[int, int]:
     "Largest row and column frequency of the map of a `height` x `width` image"
     if cutoff is not None and (not isinstance(cutoff, int) or isinstance(cutoff, bool) or cutoff < 1):
@@ -72,15 +72,18 @@ def _window(height: int, width: int, cutoff: int | None) -> tuple[int, int]:
     ku, kv = (height - 1) // 2, (width - 1) // 2
     return (ku, kv) if cutoff is None else (min(ku, cutoff), min(kv, cutoff))
 
+# %% ../nbs/01_sensitivity.ipynb #d3c21e3d
 def _extent(ku: int, kv: int) -> tuple[float, float, float, float]:
     "Left, right, bottom and top of the picture of a map, in cycles"
     return (-kv - .5, kv + .5, ku + .5, -ku - .5)
 
+# %% ../nbs/01_sensitivity.ipynb #6eb71ef7
 def _half_plane(ku: int, kv: int) -> Tensor:
     "The frequencies with v > 0, and v = 0 with u >= 0, up to (`ku`, `kv`), int64 (F, 2)"
     edge = [(u, 0) for u in range(ku + 1)]
     return torch.tensor(edge + [(u, v) for v in range(1, kv + 1) for u in range(-ku, ku + 1)])
 
+# %% ../nbs/01_sensitivity.ipynb #18b7a62e
 def _mirrored(values: Tensor, half: Tensor, ku: int, kv: int) -> Tensor:
     "`values` (..., F) at the frequencies `half` as a point-symmetric map (..., 2 ku + 1, 2 kv + 1)"
     full = values.new_zeros(*values.shape[:-1], 2 * ku + 1, 2 * kv + 1)
@@ -93,7 +96,7 @@ def _halved(full: Tensor, half: Tensor, ku: int, kv: int) -> Tensor:
     "The values of a map `full` (..., 2 ku + 1, 2 kv + 1) at the frequencies `half`, (..., F)"
     return full[..., ku + half[:, 0], kv + half[:, 1]]
 
-# %% ../nbs/01_sensitivity.ipynb #377882a3
+# %% ../nbs/01_sensitivity.ipynb #8f681ddd
 def _pixels(images: Tensor) -> Tensor:
     "`images` as float32 (N, C, H, W) in [0, 1]; raises `SadalibError` for anything else"
     if not isinstance(images, Tensor) or images.ndim != 4 or 0 in images.shape:
@@ -109,6 +112,7 @@ def _pixels(images: Tensor) -> Tensor:
                            "put the normalisation inside the model, or the wave is added at the wrong strength.")
     return images.float()
 
+# %% ../nbs/01_sensitivity.ipynb #46aa71b4
 def _chunks(count: int, size: int) -> list[slice]:
     "`count` rows in slices of nearly equal length, none over `size`"
     parts = -(-count // size)
@@ -187,7 +191,7 @@ def _radii(l2: str | float | Tensor, images: Tensor, half: Tensor, ku: int, kv: 
                            "more.")
     return _halved(full.expand(channels, *shape), half, ku, kv).contiguous()
 
-# %% ../nbs/01_sensitivity.ipynb #08100a51
+# %% ../nbs/01_sensitivity.ipynb #bd62a6f7
 Signs = Callable[[int, int], Tensor]
 
 def _sign_source(signs: None | int | Signs, shape: tuple[int, int], generator: torch.Generator | None) -> Signs:
@@ -200,6 +204,7 @@ def _sign_source(signs: None | int | Signs, shape: tuple[int, int], generator: t
     raise SadalibError(f"signs is {signs!r}, expected None (drawn from a seed), 1 (all plus) or a function (u, v) -> "
                        "tensor (images, channels): choose one.")
 
+# %% ../nbs/01_sensitivity.ipynb #fee68546
 def _signs_at(source: Signs, half: Tensor, shape: tuple[int, int]) -> Tensor:
     "Signs at each of the frequencies `half`, float32 (F, images, channels)"
     drawn = [torch.as_tensor(source(u, v)).detach().cpu().float() for u, v in half.tolist()]
@@ -272,7 +277,7 @@ def perturbed(
     out = torch.addcmul(images, strengths[..., None, None], waves)
     return out.clamp_(0, 1) if clamp else out
 
-# %% ../nbs/01_sensitivity.ipynb #2851894d
+# %% ../nbs/01_sensitivity.ipynb #322dc87e
 def _logits(net: nn.Module, images: Tensor) -> Tensor:
     "Logits (B, K) of `images`; raises `SadalibError` when the model gives something else"
     logits = net(images)
@@ -282,18 +287,26 @@ def _logits(net: nn.Module, images: Tensor) -> Tensor:
                            "wrap it in a module that returns them.")
     return logits
 
+# %% ../nbs/01_sensitivity.ipynb #b26750d8
 def _layout(net: nn.Module, images: Tensor) -> torch.memory_format:
     "Channels-last where `net` can take it, shown on two of the `images`"
     try: net(images[:2].contiguous(memory_format=torch.channels_last))
     except RuntimeError: return torch.contiguous_format
     return torch.channels_last
 
+# %% ../nbs/01_sensitivity.ipynb #31619692
 def _precision(name: str, device: torch.device) -> AbstractContextManager:
     "The context that computes in precision `name`"
     if name == "float32": return nullcontext()
     if name == "bf16": return torch.autocast(device.type, torch.bfloat16)
     raise SadalibError(f"precision is `{name}`, expected \"float32\" or \"bf16\": choose one.")
 
+def _default_batch(images: Tensor) -> int:
+    "Images of one forward pass: few on a CPU, where they should stay in its caches, thousands on an accelerator"
+    limit, pixels = (128, 2**19) if images.device.type == "cpu" else (4096, 2**22)
+    return max(16, min(limit, pixels // (images.shape[2] * images.shape[3])))
+
+# %% ../nbs/01_sensitivity.ipynb #82ac61ac
 def _members(labels: Tensor, classes: int) -> Tensor:
     "How many of `labels` belong to each of the `classes`; raises `SadalibError` for one that belongs to none"
     low, high = (x.item() for x in labels.aminmax())
@@ -301,11 +314,6 @@ def _members(labels: Tensor, classes: int) -> Tensor:
         raise SadalibError(f"labels run from {low} to {high}, but the model knows classes 0 to {classes - 1}: give the "
                            "labels that it was trained with.")
     return labels.bincount(minlength=classes)
-
-def _default_batch(images: Tensor) -> int:
-    "Images of one forward pass: few on a CPU, where they should stay in its caches, thousands on an accelerator"
-    limit, pixels = (128, 2**19) if images.device.type == "cpu" else (4096, 2**22)
-    return max(16, min(limit, pixels // (images.shape[2] * images.shape[3])))
 
 # %% ../nbs/01_sensitivity.ipynb #07d18fb9
 class _Sweep:
@@ -402,6 +410,19 @@ class _Partial:
         "What is still to do, `stack` frequencies at a time"
         for start in range(self.done, len(self.counts), stack): yield slice(start, min(start + stack, len(self.counts)))
 
+# %% ../nbs/01_sensitivity.ipynb #bfe5253b
+def _run(sweep: _Sweep, partial: _Partial, progress: str | bool) -> None:
+    "Count what `partial` still lacks; what is counted is saved whatever happens"
+    label = progress if isinstance(progress, str) else "sensitivity map"
+    started = partial.done
+    try:
+        with Progress(len(sweep.half), label, start=started, shown=bool(progress)) as bar:
+            for part in partial.left(sweep.stack):
+                partial.add(part, sweep.count(part))
+                bar.update(part.stop - part.start)
+    finally:
+        if partial.done > started: partial.save()
+
 # %% ../nbs/01_sensitivity.ipynb #a0977134
 def _checked(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int | None) -> tuple[Tensor, Tensor]:
     "`images` and `labels` on the device of `model`, in the types that the sweep needs; raises `SadalibError`"
@@ -416,7 +437,7 @@ def _checked(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int |
     device = next((t.device for t in (*model.parameters(), *model.buffers())), images.device)
     return images.to(device), labels.to(device, torch.int64)
 
-# %% ../nbs/01_sensitivity.ipynb #dc4499cd
+# %% ../nbs/01_sensitivity.ipynb #6c6f7be4
 def sensitivity_map(
     model: nn.Module, # takes images in [0, 1] (normalisation inside), gives logits (B, K); left as it was
     images: Tensor, # float in [0, 1] or uint8, (N, C, H, W); moved to the model's device
@@ -447,18 +468,6 @@ def sensitivity_map(
         partial = _Partial(resume, key, (len(half), sweep.classes))
         _run(sweep, partial, progress)
     return _assemble(partial.counts, clean, sweep.totals.cpu(), radii, half, size, window)
-
-def _run(sweep: _Sweep, partial: _Partial, progress: str | bool) -> None:
-    "Count what `partial` still lacks; what is counted is saved whatever happens"
-    label = progress if isinstance(progress, str) else "sensitivity map"
-    started = partial.done
-    try:
-        with Progress(len(sweep.half), label, start=started, shown=bool(progress)) as bar:
-            for part in partial.left(sweep.stack):
-                partial.add(part, sweep.count(part))
-                bar.update(part.stop - part.start)
-    finally:
-        if partial.done > started: partial.save()
 
 # %% ../nbs/01_sensitivity.ipynb #342abfd6
 def plot_maps(

@@ -370,7 +370,7 @@ def _share_buffers(loop: Loop) -> None:
     if loop.team.size > 1:
         for b in buffers: b /= loop.team.size
 
-# %% ../nbs/00d_training.ipynb #d94b6f7d
+# %% ../nbs/00d_training.ipynb #508d05f5
 def fit(
     model: nn.Module, # is trained in place
     data: ImageSet, # training images
@@ -393,7 +393,7 @@ def fit(
             if loop.step in recipe.keep_steps: save_checkpoint(loop, f"step-{loop.step}")
             if loop.step % loop.per_epoch == 0 or time.monotonic() - saved > loop.save_every:
                 save_checkpoint(loop); saved = time.monotonic()
-            bar.update(loss=terms["total"].item() if loop.device.type == "cpu" else float("nan"))
+            bar.update(**({"loss": terms["total"].item()} if loop.device.type == "cpu" else {}))
     loop.team.wait()
     loop.model.eval()
     return loop

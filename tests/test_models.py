@@ -8,11 +8,18 @@ from torch import nn
 
 from sadalib import models
 from sadalib.models import NETWORKS, count_parameters, create_model, frozen, list_models, statistics
-from sadalib.runs import SadalibError
+from sadalib.runs import SadalibError, cpu_threads
 
 COUNTS = {"digitnet": 4_547_466, "resnet20": 269_722, "resnet32": 464_154, "resnet44": 658_586, "resnet56": 853_018,
           "resnet110": 1_727_962, "wrn_16_1": 175_066, "wrn_16_4": 2_748_890, "wrn_40_2": 2_243_546,
           "resnet18": 11_181_642, "tinynet": 6_666}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "Small tensors: more threads only wait for each other"
+    with cpu_threads(1):
+        yield
 
 
 def batch(*shape, seed=0):

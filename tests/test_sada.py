@@ -119,7 +119,8 @@ def test_jsd_parity(case, weight):
 
 def test_the_placed_map_is_the_recorded_one():
     "A map of 31 x 31 lands where the maker of the recorded outputs put it"
-    weight, shipped = torch.from_numpy(golden("sada_attack.npz")["weight_map"]), torch.from_numpy(golden("sample_map.npy"))
+    weight = torch.from_numpy(golden("sada_attack.npz")["weight_map"])
+    shipped = torch.from_numpy(golden("sample_map.npy"))
     placed = spectral_weight(shipped, 32, 32)
     torch.testing.assert_close(placed, sada._hermitian(weight), rtol=0, atol=1e-6)
     for wrong in (shipped.T, shipped.flip(0), shipped.roll(1, 0)):
@@ -186,7 +187,8 @@ def test_a_window_keeps_its_size():
     assert bigger[62, 2] == 2
 
 
-@pytest.mark.parametrize("strength,peak,mean", [("published", 2, None), ("equal_peak", 1, None), ("equal_mean", None, 1)])
+@pytest.mark.parametrize("strength,peak,mean",
+                         [("published", 2, None), ("equal_peak", 1, None), ("equal_mean", None, 1)])
 def test_strength(strength, peak, mean):
     error = rand(31, 31, generator=seeded(0))
     error = (error + error.flip(0, 1))/2
@@ -206,8 +208,8 @@ def test_a_shuffled_map_keeps_its_values_and_its_symmetry():
     assert torch.equal(mixed, shuffled_map(error, generator=seeded(1)))
 
 
-@pytest.mark.parametrize("layer", [nn.Conv2d(3, 8, 5), nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 6, (3, 5), padding=(0, 2)),
-                                   nn.Conv2d(3, 4, 1), nn.Conv2d(2, 3, 7, padding=3, bias=False),
+@pytest.mark.parametrize("layer", [nn.Conv2d(3, 8, 5), nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(3, 4, 1),
+                                   nn.Conv2d(4, 6, (3, 5), padding=(0, 2)), nn.Conv2d(2, 3, 7, padding=3, bias=False),
                                    nn.Conv2d(3, 8, 3, stride=2, padding=1), nn.Conv2d(3, 4, 3, padding="same"),
                                    nn.Conv2d(3, 4, 3, padding=4), nn.Conv2d(3, 4, 3, dilation=2)])
 @pytest.mark.parametrize("size", [(9, 12), (16, 11)])
@@ -299,7 +301,8 @@ def test_on_a_linear_model_each_amplitude_moves_all_the_way():
         def forward(self, x): return torch.stack([x.flatten(1) @ w, -(x.flatten(1) @ w)], 1)*.01
     x = .5 + .02*torch.randn(5, 1, 8, 9, generator=g, dtype=torch.float64) # never leaves [0, 1]
     y = torch.zeros(5, dtype=torch.int64)
-    info = spectral_attack(Linear(), x, y, init=None, brightness=0, stop=False, steps=3, step_size=.01, return_info=True)[1]
+    info = spectral_attack(Linear(), x, y, init=None, brightness=0, stop=False, steps=3, step_size=.01,
+                           return_info=True)[1]
     amplitude, phasor = amplitude_phase(x)
     slope = torch.autograd.functional.jacobian(lambda a: (from_amplitude(a, phasor, 9).flatten(1) @ w).sum(), amplitude)
     expected = amplitude*torch.where(slope > 0, .99**3, 1.01**3)
@@ -311,7 +314,8 @@ class Normed(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(), nn.AdaptiveAvgPool2d(2))
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(),
+                                  nn.AdaptiveAvgPool2d(2))
         self.head = nn.Linear(24, 4)
         self.head.bias.requires_grad_(False)
         self.body[1].eval()
@@ -380,8 +384,26 @@ def test_an_image_is_itself_in_any_company():
     factors = rand(10, 3, 16, 9, generator=seeded(3), low=.8, high=1.5).double()
     gains = rand(10, generator=seeded(4), low=1., high=1.6).double()
     together = spectral_attack(net, x, y, init=factors, brightness=gains)
-    alone = [spectral_attack(net, x[i:i + 1], y[i:i + 1], init=factors[i:i + 1], brightness=gains[i:i + 1]) for i in range(10)]
+    alone = [spectral_attack(net, x[i:i + 1], y[i:i + 1], init=factors[i:i + 1], brightness=gains[i:i + 1])
+             for i in range(10)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-9)
+
+
+def test_rounding_decides_no_direction():
+    "Black backgrounds and several pixels at the maximum: noise as large as another FFT's turns few signs"
+    net = Smooth(size=(32, 32))
+    x = torch.zeros(6, 3, 32, 32)
+    x[:, :, 8:20, 10:14] = 1
+    y = torch.zeros(6, dtype=torch.int64)
+    with frozen(net):
+        climb = sada._Climb(net, x, y, sada._Rule(1, .05, "neg", False, 1, True, True, "image", None, False))
+        signs = []
+        for seed in range(2):
+            leaf = climb.amplitude*(1.1 + 2e-7*(rand(*climb.amplitude.shape, generator=seeded(seed)) - .5))
+            leaf.requires_grad_()
+            loss = F.cross_entropy(net(climb.images(leaf)), y, reduction="sum")
+            signs.append(torch.autograd.grad(loss, leaf)[0].sign()[climb.amplitude > 1e-3])
+    assert (signs[0] != signs[1]).float().mean() < .001
 
 
 def test_a_fooled_image_freezes_and_one_fooled_at_the_start_does_not_move():
@@ -399,7 +421,8 @@ def test_weight_zero_stands_still_and_a_map_object_is_placed():
     class Map: error, size = rand(15, 15, generator=seeded(0)), (16, 16)
     given_map = spectral_attack(net, x, y, weight=Map, init=None, brightness=0)
     placed = spectral_attack(net, x, y, weight=spectral_weight(Map.error, 16, 16), init=None, brightness=0)
-    full = spectral_attack(net, x, y, weight=sada._full(spectral_weight(Map.error, 16, 16), 16), init=None, brightness=0)
+    whole = sada._full(spectral_weight(Map.error, 16, 16), 16)
+    full = spectral_attack(net, x, y, weight=whole, init=None, brightness=0)
     assert torch.equal(given_map, placed) and (full - placed).abs().max() < 1e-6
 
 
@@ -428,7 +451,8 @@ class Broken(nn.Module):
     (dict(weight=torch.ones(15, 15)), "spectral_weight"), (dict(weight=torch.full((16, 9), float("inf"))), "finite"),
     (dict(init="normal"), '"dc", "uniform"'), (dict(init=torch.ones(3, 1, 16, 9)), "init has shape"),
     (dict(steps=-1), "steps is -1"), (dict(step_size=-.1), "step_size is"), (dict(budget=0), "budget is 0"),
-    (dict(eps=-1), "eps is -1"), (dict(direction="up"), "unknown direction"), (dict(normalise="pixel"), "unknown normalise"),
+    (dict(eps=-1), "eps is -1"), (dict(direction="up"), "unknown direction"),
+    (dict(normalise="pixel"), "unknown normalise"),
     (dict(brightness=-1), "brightness is -1"), (dict(brightness=float("nan")), "brightness is nan")])
 def test_one_sentence(change, says):
     call = {"model": Smooth(), "images": X, "labels": Y, **change}
@@ -487,7 +511,8 @@ def test_warm_up_does_not_attack():
 
 def test_the_official_settings_are_the_released_ones():
     m = SADA.official(guidance="uniform")
-    assert (m.views, m.steps, m.step_size, m.weight, m.warm_up, m.warm_up_weight, m.brightness) == (3, 5, .08, .025, 6, 10., .6)
+    assert (m.views, m.steps, m.step_size, m.weight) == (3, 5, .08, .025)
+    assert (m.warm_up, m.warm_up_weight, m.brightness) == (6, 10., .6)
     assert (m.augmix, m.augmix_severity, m.augmix_all_ops, m.strength, m.init) == (True, 2., True, "published", "dc")
 
 
@@ -501,7 +526,8 @@ def test_guidance():
     SADA(guidance="uniform").prepare(None)
 
 
-@pytest.mark.parametrize("change", [dict(guidance="gided"), dict(strength="x"), dict(views=0), dict(steps=-1), dict(init="no"),
-                                    dict(weight=-1.), dict(warm_up=-1), dict(eps=-.1), dict(brightness=-1.)])
+@pytest.mark.parametrize("change", [dict(guidance="gided"), dict(strength="x"), dict(views=0), dict(steps=-1),
+                                    dict(init="no"), dict(weight=-1.), dict(warm_up=-1), dict(eps=-.1),
+                                    dict(brightness=-1.)])
 def test_wrong_settings(change):
     with pytest.raises(SadalibError): SADA(**change)

@@ -395,10 +395,10 @@ def test_cost_stays_near_the_bare_forward_passes():
         for _ in range(5):
             t = time.process_time()
             with torch.no_grad():
-                for _ in range(14): net(batch) # 13 frequencies and the clean images
+                for _ in range(6): net(batch) # 5 frequencies and the clean images
             bare = time.process_time() - t
             t = time.process_time()
-            sensitivity_map(net, images, labels, cutoff=2)
+            sensitivity_map(net, images, labels, cutoff=1)
             ratios.append((time.process_time() - t)/bare)
         assert sorted(ratios)[1] < 1.25, ratios
     finally: torch.set_num_threads(torch_threads)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from sadalib import pipeline
+from sadalib.data.catalogue import CATALOGUE
 from sadalib.runs import SadalibError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -165,6 +166,7 @@ def test_the_projects_own_jobs_are_read():
         jobs = pipeline.read_jobs(profile)
         assert jobs and all(job.minutes > 0 and job.outputs for job in jobs)
         assert all(job.hardware and job.gpu_hours for job in jobs if profile == "paper")
+        assert {name.split("/")[0] for job in jobs for name in job.needs} <= set(CATALOGUE)
     assert sum(job.minutes for job in pipeline.read_jobs("smoke")) <= 5
 
 

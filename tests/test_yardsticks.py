@@ -12,7 +12,7 @@ from torch import nn
 
 from sadalib import yardsticks
 from sadalib.models import Normalised, create_model
-from sadalib.runs import SadalibError, Shard, rand, randint, randn
+from sadalib.runs import SadalibError, Shard, cpu_threads, rand, randint, randn
 from sadalib.yardsticks import (
     GROUPS,
     Interval,
@@ -29,6 +29,13 @@ from sadalib.yardsticks import (
     spearman,
     wilson_interval,
 )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    "Small tensors: more threads only wait for each other"
+    with cpu_threads(1):
+        yield
 
 
 def draws(seed=0):

@@ -31,7 +31,7 @@ echo "(PyTorch with its CUDA libraries is most of it), 8 GB on disk; on a fast l
 rm -f "$stamp"
 if [ -n "$uv" ]; then
     uv venv -q --allow-existing --python "$python" .venv
-    uv pip install -q --python .venv/bin/python --require-hashes -r requirements.lock
+    uv pip install -q --compile-bytecode --python .venv/bin/python --require-hashes -r requirements.lock
     uv pip install -q --python .venv/bin/python --no-deps --no-build-isolation -e .
 else
     [ -x .venv/bin/pip ] || "$python" -m venv .venv
