@@ -195,10 +195,10 @@ def _unprepared(name: str) -> bool:
     folder = data_root()/name.split("/")[0]
     return not (folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()))
 
-# %% ../nbs/00h_pipeline.ipynb #e55aa8c9
+# %% ../nbs/00h_pipeline.ipynb #ebbc4ad0
 def _obstacle(job: Job, here: bool) -> str:
     "Why `job` cannot run; empty where it can"
-    lost = [name for name in job.needs if _unprepared(name)]
+    lost = list(dict.fromkeys(name.split("/")[0] for name in job.needs if _unprepared(name)))
     if lost: return f"not prepared: {', '.join(lost)} (`sadalib data prepare {' '.join(lost)}`)"
     if here and job.gpu and not torch.cuda.is_available(): return f"asks for {_recipe(job)} (--anyway runs it here)"
     for path in (p for pattern in job.outputs for p in _found(job, pattern)):
@@ -271,9 +271,9 @@ def remaining(
     parts = [left(name) for name in minutes if name not in done]
     return max([sum(parts) / max(1, slots), *parts], default=0.)
 
-# %% ../nbs/00h_pipeline.ipynb #64970952
+# %% ../nbs/00h_pipeline.ipynb #8bea5e56
 _PAPERMILL = re.compile(r"^(Input Notebook|Output Notebook|Executing notebook|Executing Cell|Ending Cell|Executing:|"
-                        r"Black is not|Passed unknown|Warning:|\s*$|[-=_ ]+$|<.*>$)")
+                        r"Black is not|Passed unknown|\[IPKernelApp\]|Warning:|\s*$|[-=_ ]+$|<.*>$)")
 
 def last_words(
     log: Path, # of a job; may not exist yet

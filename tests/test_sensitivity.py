@@ -132,7 +132,7 @@ def test_basis_is_orthonormal_and_conjugate_symmetric(size, data):
     wave, other = fourier_basis(u, v, height, width), fourier_basis(a, b, height, width)
     assert wave.shape == size and wave.dtype == torch.float32
     assert wave.norm().item() == pytest.approx(1, abs=1e-5)
-    assert wave.flatten()[0] == wave.max() # phase 0: the peak is at the first pixel
+    assert wave.flatten()[0] >= wave.max() - 1e-6 # phase 0: the peak is at the first pixel
     torch.testing.assert_close(wave, fourier_basis(-u, -v, height, width))
     same = {((s*u) % height, (s*v) % width) for s in (1, -1)} & {((s*a) % height, (s*b) % width) for s in (1, -1)}
     assert (wave*other).sum().item() == pytest.approx(1. if same else 0., abs=1e-5)
