@@ -4,6 +4,7 @@
 # make readme    README.md from nbs/index.ipynb
 # make clean     remove what can be made again (never runs, never data)
 .PHONY: figures test lab readme export lock clean env
+export OMP_WAIT_POLICY ?= PASSIVE
 PROFILE ?= smoke
 BIN := .venv/bin
 

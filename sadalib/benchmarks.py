@@ -108,14 +108,14 @@ def _train_pass(model: nn.Module, loss: Tensor) -> None:
     for p in model.parameters(): p.grad = None
     loss.backward()
 
-# %% ../nbs/13_benchmarks.ipynb #43108971
+# %% ../nbs/13_benchmarks.ipynb #4cf24d9f
 def _attack_work(batch: int) -> dict[str, Callable]:
     "What is timed for SADA, by name"
     model = create_model("digitnet", seed=0).to(memory_format=torch.channels_last)
     images = rand(batch, 3, 32, 32, generator=seeded(0)).contiguous(memory_format=torch.channels_last)
     labels, twice = model(images).argmax(1), torch.cat([images, images])
     method, erm = SADA(guidance="uniform", stop=False), ERM()
-    def forward(): # noqa: E306
+    def forward():
         with frozen(model) as net, torch.no_grad(): net(images)
     return {"forward": forward, "input gradient": lambda: input_gradient(model, images, labels),
             "attack": lambda: spectral_attack(model, images, labels, stop=False, generator=seeded(0)),

@@ -43,17 +43,19 @@ def from_amplitude(
     "The images that have this `amplitude` and the phase of `phasor`: the real part of the inverse transform"
     return torch.fft.irfft2(amplitude*phasor, s=(amplitude.shape[-2], width))
 
-# %% ../nbs/03_sada.ipynb #54d9073d
+# %% ../nbs/03_sada.ipynb #e8211555
 def _resampling(side: int, native: int, cells: int) -> Tensor:
     "The matrix (`side`, `cells`) that reads a centred axis made at `native` pixels at the frequencies of `side` pixels"
     position = (torch.fft.fftfreq(side, dtype=torch.float64)*native + cells//2).clamp(0, cells - 1)
     return (1 - (position[:, None] - torch.arange(cells)).abs()).clamp(min=0)
 
+# %% ../nbs/03_sada.ipynb #60c3b05b
 def _hermitian(full: Tensor) -> Tensor:
     "Factors (..., H, W) in fft2 order as half a spectrum: frequencies (u, v) and (-u, -v) are one, and get their mean"
     mirrored = full.flip(-2, -1).roll((1, 1), (-2, -1))
     return ((full + mirrored)/2)[..., :full.shape[-1]//2 + 1]
 
+# %% ../nbs/03_sada.ipynb #7f34e70e
 def _full(half: Tensor, width: int) -> Tensor:
     "Factors of half a spectrum (..., H, W//2+1) as (..., H, W) in fft2 order"
     mirrored = half.flip(-2).roll(1, -2)[..., 1:(width + 1)//2].flip(-1)
@@ -106,13 +108,14 @@ def _into_range(pixels: Tensor, normalise: str) -> Tensor:
     peak = pixels.amax((1, 2, 3), keepdim=True)
     return (pixels/torch.where(peak > 1 + ROUNDING, peak, 1) if normalise == "image" else pixels).clamp(0, 1)
 
-# %% ../nbs/03_sada.ipynb #4c5183af
+# %% ../nbs/03_sada.ipynb #2c6a9fac
 def _analyse(images: Tensor, compat: bool) -> tuple[Tensor, Tensor]:
     "Amplitude and phasor of `images`; of the full spectrum under `compat`"
     if not compat: return amplitude_phase(images)
     spectrum = torch.fft.fft2(images)
     return spectrum.abs(), torch.exp(1j*spectrum.angle())
 
+# %% ../nbs/03_sada.ipynb #415b176b
 def _synthesise(amplitude: Tensor, phasor: Tensor, width: int, compat: bool) -> Tensor:
     "Pixels from `amplitude` and `phasor`; the modulus of the complex image under `compat`"
     return torch.fft.ifft2(amplitude*phasor).abs() if compat else from_amplitude(amplitude, phasor, width)
@@ -140,12 +143,13 @@ class _Image(torch.autograd.Function):
         back[..., 1:(pixels.shape[-1] + 1)//2] *= 2
         return back, None, None, None
 
-# %% ../nbs/03_sada.ipynb #cb1527e8
+# %% ../nbs/03_sada.ipynb #a8783148
 def _factors(given: Tensor, like: Tensor, width: int, compat: bool, what: str) -> Tensor:
     "`given` as factors of the amplitudes `like`, half or full; raises `SadalibError` when its shape is neither"
     height, shapes = like.shape[-2], (tuple(given.shape[-2:]), tuple(given.shape[:-2]))
     halves, fulls = shapes[0] == (height, width//2 + 1), shapes[0] == (height, width)
-    fits = all(a in (1, b) for a, b in zip(shapes[1][::-1], like.shape[-3::-1])) and len(shapes[1]) <= 2 # noqa: B905
+    leading = zip(shapes[1][::-1], like.shape[-3::-1], strict=False)
+    fits = len(shapes[1]) <= 2 and all(n in (1, m) for n, m in leading)
     if not (halves or fulls) or not fits or not given.isfinite().all():
         raise SadalibError(f"{what} has shape {tuple(given.shape)}, but finite factors (..., {height}, "
                            f"{width//2 + 1}) of half a spectrum, or (..., {height}, {width}) in fft2 order, are "
@@ -194,13 +198,14 @@ class _ThinConvolution(torch.autograd.Function):
         total = torch.stack(shifted).sum(0) if len(shifted) > 8 else sum(shifted)
         return total[..., along:total.shape[-1] - along], None, None, None
 
-# %% ../nbs/03_sada.ipynb #71ff5807
+# %% ../nbs/03_sada.ipynb #e8305f60
 def _is_thin(images, weight, bias=None, stride=1, padding=0, dilation=1, groups=1) -> bool:
     "Whether a convolution with these arguments is a first layer that `_ThinConvolution` speeds up"
     few = images.requires_grad and not weight.requires_grad and images.device.type == "cpu" and weight.shape[1] <= 4
     plain = (stride, dilation, groups) == ((1, 1), (1, 1), 1) and isinstance(padding, tuple)
     return few and plain and all(p < k for p, k in zip(padding, weight.shape[2:], strict=True))
 
+# %% ../nbs/03_sada.ipynb #37d09009
 class _ThinFirstLayer(TorchFunctionMode):
     "Computes thin first layers by `_ThinConvolution` inside the block"
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -237,12 +242,13 @@ class AttackInfo:
         shares = " ".join(f"{share:.2f}" for share in self.entered)
         return f"AttackInfo({self.steps_run} steps, fooled {self.fooled.float().mean():.0%}, entered {shares})"
 
-# %% ../nbs/03_sada.ipynb #53335514
+# %% ../nbs/03_sada.ipynb #d006cbbd
 def _called(net: nn.Module, images: Tensor, compat: bool) -> Tensor:
     "`net` on `images`, in the layout and with the first layer that are fast; bit by bit as it stands under `compat`"
     if compat: return net(images)
     with _ThinFirstLayer(): return net(images.contiguous(memory_format=torch.channels_last))
 
+# %% ../nbs/03_sada.ipynb #567674d3
 def _tested(logits: Tensor, labels: Tensor) -> Tensor:
     "`logits` (B, K) in at least float32; raises `SadalibError` for NaN and for labels that are no class"
     if not logits.isfinite().all():
@@ -302,7 +308,7 @@ class _Climb:
             if len(rows): rows = self.step(rows, start)
         return AttackInfo(self.steps_run, tuple(self.entered), self.fooled, self.amplitude)
 
-# %% ../nbs/03_sada.ipynb #9a95c4b6
+# %% ../nbs/03_sada.ipynb #6e4310df
 def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     "Copies of `images` as floats in [0, 1] and of `labels` as int64; raises `SadalibError` for anything else"
     labels = torch.as_tensor(labels, device=images.device)
@@ -319,6 +325,7 @@ def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         raise SadalibError(f"label {labels.min().item()} is no class: labels run from 0 to classes - 1.")
     return images, labels.long().clone()
 
+# %% ../nbs/03_sada.ipynb #e8e90ffc
 def _brightened(images: Tensor, brightness: float | Tensor, compat: bool,
                 generator: torch.Generator | Shard | None) -> Tensor:
     "`images` times a gain from U(1, 1 + `brightness`), one for each image, one for the batch under `compat`"
@@ -373,7 +380,7 @@ def spectral_attack(
     attacked, info = _attack(model, images, labels, rule, weight, init, uniform_eps, brightness, generator)
     return (attacked, info) if return_info else attacked
 
-# %% ../nbs/03_sada.ipynb #902e97c7
+# %% ../nbs/03_sada.ipynb #fd852348
 GUIDANCE = ("guided", "uniform", "shuffled")
 
 @dataclass(kw_only=True)
@@ -418,11 +425,12 @@ class _Guided(Method):
                                                           strength=self.strength)
         return self._placed[height, width]
 
+# %% ../nbs/03_sada.ipynb #86ed34dd
 def _not_fetched(config) -> None:
     "Says that nobody called prepare"
     raise SadalibError("SADA's map has not been fetched: call prepare(require) or use_map(map) before loss.")
 
-# %% ../nbs/03_sada.ipynb #d55fc807
+# %% ../nbs/03_sada.ipynb #65637c2c
 def attacked_views(
     method: "SADA",
     model: nn.Module, # comes back as it was
@@ -443,6 +451,7 @@ def attacked_views(
         eps=method.eps, compat=method.compat, return_info=True, generator=generator)
     return rows.unflatten(0, (len(images), method.views)), info
 
+# %% ../nbs/03_sada.ipynb #500395cc
 def _one_by_one(model: nn.Module, parts: int) -> Callable[[Tensor], Tensor]:
     "`model`, called on each of `parts` equal parts of a batch"
     return lambda images: torch.cat([model(part) for part in images.chunk(parts)])

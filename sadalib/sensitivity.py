@@ -578,7 +578,7 @@ def _rows(found: SensitivityMap, config: MapConfig) -> list[dict]:
     names = ("mean", "l1", "frobenius", "area", "excess", "clean_error")
     return [{"metric": f"map_{k}", "value": found.summary()[k], **about} for k in names]
 
-# %% ../nbs/01_sensitivity.ipynb #124392e9
+# %% ../nbs/01_sensitivity.ipynb #5b973919
 @computes(MapConfig)
 def measure(
     run: Run, # of a `MapConfig`
@@ -603,7 +603,7 @@ def measure(
                                 generator=torch.Generator().manual_seed(config.seed))
         save_map(found, run.folder/"map.safetensors")
         finish(run, _rows(found, config), seed=config.seed, radial=found.summary()["radial"], network=source.id,
-               checksums={f"{data.name}/{data.split}": data.checksum})
+               datasets={f"{data.name}/{data.split}": data.checksum})
         partial.unlink(missing_ok=True)
 
 # %% ../nbs/01_sensitivity.ipynb #1fe7aeb3

@@ -508,7 +508,7 @@ def _opened(run: Run, device: str) -> Iterator[Log | None]:
         members.wait()
         yield None
 
-# %% ../nbs/00d_training.ipynb #b0b04177
+# %% ../nbs/00d_training.ipynb #4a0dde07
 @computes(TrainConfig)
 def train(
     run: Run, # of a `TrainConfig`
@@ -531,5 +531,5 @@ def train(
             if loop.team.rank == 0:
                 rows = _measure(run, loop, sets)
                 sums = {f"{s.name}/{s.split}": s.checksum for s in [data, *([valid] if valid else []), *sets]}
-                finish(run, rows, method=method.name, seed=config.seed, checksums=sums, missing=missing)
+                finish(run, rows, method=method.name, seed=config.seed, datasets=sums, missing=missing)
             loop.team.wait()

@@ -180,7 +180,7 @@ def test_result_names_its_data(tmp_path):
                          recipe=Recipe(epochs=1, warmup=1))
     os.environ.pop("SADALIB_STALE", None)
     result = json.loads((require(config, root=tmp_path).folder/"result.json").read_text())
-    assert result["checksums"]["digits/test"] == load("digits", "test", size=32).checksum
+    assert result["datasets"]["digits/test"] == load("digits", "test", size=32).checksum
     assert set(m["data"] for m in result["metrics"]) >= {"digits", "digits_fonts"}
     assert "svhn" in result["missing"] or any(m["data"] == "svhn" for m in result["metrics"])
 
