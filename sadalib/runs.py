@@ -8,9 +8,9 @@ __all__ = ['SadalibError', 'did_you_mean', 'seeded', 'Shard', 'rand', 'randn', '
            'code_digest', 'provenance', 'peak_memory', 'Progress', 'duration', 'Run', 'computes', 'locked', 'Log',
            'open_run', 'clear', 'finish', 'intact', 'record', 'require', 'Parameters', 'checked']
 
-# %% ../nbs/00a_runs.ipynb #db4a437b
+# %% ../nbs/00a_runs.ipynb #72921b5c
 import ast, contextlib, dataclasses, difflib, errno, functools, hashlib, importlib.util, json, math, os, platform
-import re, resource, shutil, socket, subprocess, sys, time, types, typing, warnings
+import re, resource, shutil, socket, subprocess, sys, threading, time, types, typing, warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -147,14 +147,14 @@ def _file_problem(path: Path, error: OSError) -> SadalibError:
                             "to a folder that is.")
     return SadalibError(f"{path} could not be written ({error.strerror or error}): check the folder and run again.")
 
-# %% ../nbs/00a_runs.ipynb #c3c60f6c
+# %% ../nbs/00a_runs.ipynb #34cb83b0
 def write_atomic(
     path: str | Path, # its folder is made when missing
     data: bytes | str, # the whole content
 ) -> Path:
     "Write `data` to `path` as a whole or not at all"
     path = Path(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    beside = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside, "wb") as f:
@@ -461,7 +461,7 @@ class Log:
         rows = [r for r in self.rows() if r.get("step", 0) <= step]
         write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in rows))
 
-# %% ../nbs/00a_runs.ipynb #3142a115
+# %% ../nbs/00a_runs.ipynb #93b75539
 @contextlib.contextmanager
 def open_run(
     run: Run, # not finished, or stale and to be redone
@@ -471,7 +471,9 @@ def open_run(
     with locked(run.folder):
         if run.done and not run.stale:
             raise SadalibError(f"{run.experiment}/{run.id} was finished by another process: run again to use it.")
-        if run.stale: clear(run)
+        if run.stale:
+            print(f"{run.experiment}/{run.id} was begun by other code than today's: starting over", flush=True)
+            clear(run)
         run.write("config.json", canonical(run.config))
         before = run._read("env.json")
         spent = {"seconds": 0., "cpu_seconds": 0., **{k: before[k] for k in ("seconds", "cpu_seconds") if k in before}}

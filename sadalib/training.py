@@ -7,10 +7,10 @@ __all__ = ['AUGMENTATIONS', 'Method', 'jitter_noise', 'crop_and_flip', 'Recipe',
            'evaluate', 'selected_epoch', 'Team', 'team', 'Loop', 'batch_at', 'take_step', 'save_checkpoint', 'resume',
            'end_epoch', 'fit', 'TrainConfig', 'training_data', 'load_model', 'evaluation_sets', 'train']
 
-# %% ../nbs/00d_training.ipynb #76fd9e76
+# %% ../nbs/00d_training.ipynb #cfee1ffd
 import contextlib, copy, math, os, time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -263,7 +263,7 @@ class Loop:
     @property
     def epoch(self) -> int: return self.step // self.per_epoch
 
-# %% ../nbs/00d_training.ipynb #7233454e
+# %% ../nbs/00d_training.ipynb #eb53d8ca
 def batch_at(
     loop: Loop, step: int, # from 0
 ) -> tuple[Tensor, Tensor, Any, float]: # images in [0, 1], labels, generator, this process's share of the rows
@@ -271,8 +271,8 @@ def batch_at(
     epoch, i = divmod(step, loop.per_epoch)
     order = torch.randperm(len(loop.data), generator=seeded(loop.seed, "order", epoch))
     index = order[i * loop.recipe.batch_size:(i + 1) * loop.recipe.batch_size]
-    start, stop = loop.team.rows(len(index))
-    share = (stop - start) / len(index)
+    start, stop = loop.team.rows(len(index)) if len(index) >= loop.team.size else (0, len(index))
+    share = (stop - start) / len(index) if len(index) >= loop.team.size else 1 / loop.team.size
     generator = seeded(loop.seed, "batch", step, device=loop.device)
     source = Shard(generator, start, stop, len(index)) if loop.team.size > 1 else generator
     index = index[start:stop].to(loop.device)
@@ -495,6 +495,24 @@ def _measure(run: Run, loop: Loop, sets: list[ImageSet]) -> list[dict]:
     save_tensors(run.folder/"predictions.safetensors", kept)
     return rows
 
+# %% ../nbs/00d_training.ipynb #2fde6a09
+def _trainings(config) -> Iterator[TrainConfig]:
+    "The training runs nested in `config`, innermost first"
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value) and not isinstance(value, type): yield from _trainings(value)
+        if isinstance(value, TrainConfig): yield value
+
+# %% ../nbs/00d_training.ipynb #b1a57e8c
+def _prepared(config: TrainConfig, root: Path) -> Method:
+    "A copy of `config`'s method with the runs that it builds on fetched"
+    for earlier in _trainings(config): require(earlier, root=root)
+    method, members = copy.deepcopy(config.method), team()
+    if members.rank == 0: method.prepare(lambda c: require(c, root=root))
+    members.wait()
+    if members.rank > 0: method.prepare(lambda c: require(c, root=root))
+    return method
+
 # %% ../nbs/00d_training.ipynb #e32aa534
 @contextlib.contextmanager
 def _opened(run: Run, device: str) -> Iterator[Log | None]:
@@ -508,7 +526,7 @@ def _opened(run: Run, device: str) -> Iterator[Log | None]:
         members.wait()
         yield None
 
-# %% ../nbs/00d_training.ipynb #4a0dde07
+# %% ../nbs/00d_training.ipynb #e919319d
 @computes(TrainConfig)
 def train(
     run: Run, # of a `TrainConfig`
@@ -521,8 +539,7 @@ def train(
     data, valid = training_data(config)
     sets, missing = evaluation_sets(config)
     with cpu_threads(config.threads):
-        method = copy.deepcopy(config.method)
-        method.prepare(lambda c: require(c, root=root))
+        method = _prepared(config, root)
         model = _build(config, len(data.classes), root)
         meta = {"model": config.model, "classes": len(data.classes), "channels": config.channels, "size": config.size}
         with _opened(run, device) as log:

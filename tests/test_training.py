@@ -192,3 +192,16 @@ def test_batches_repeat_and_epochs_differ():
     a, b, c = (batch_at(loop, s)[0] for s in (0, 0, 2))
     assert torch.equal(a, b) and not torch.equal(a, c)
     assert seeded(0, "x").initial_seed() != seeded(0, "y").initial_seed()
+
+
+def test_sada_with_its_map_under_accelerate(tmp_path):
+    "The whole chain on two processes: ERM shared by both, its map by the first, SADA shared by both"
+    words = ["train", "profile=smoke", "model=tinynet", "train_images=120", "epochs=1", "erm_epochs=1", "map_images=8",
+             "map_cutoff=1", "steps=1"]
+    port = str(20000 + (os.getpid() + 7) % 20000)
+    env = {**os.environ, "SADALIB_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--main_process_port", port]
+    done = subprocess.run([*launch, "-m", "sadalib.cli", *words], env=env, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert "digits_hand" in done.stdout
+    assert len(list(tmp_path.glob("train/*/done"))) == 2 and len(list(tmp_path.glob("map/*/done"))) == 1
