@@ -260,8 +260,8 @@ def _tested(logits: Tensor, labels: Tensor) -> Tensor:
                            f"{tuple(logits.shape)}: labels run from 0 to classes - 1.")
     return logits if logits.dtype == torch.float64 else logits.float()
 
-# %% ../nbs/03_sada.ipynb #e92571fb
-CPU_ROWS = 64 # images of one pass on a CPU: their activations fit its cache
+# %% ../nbs/03_sada.ipynb #282cc319
+CPU_ROWS = 64 # images of one pass on a CPU: larger batches are no faster there, and need more memory
 
 class _Climb:
     "The amplitudes of a batch on their way up the loss"
