@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 BIN = Path(sys.executable).parent
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+NO_NETWORK = {name: "http://127.0.0.1:9" for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")}
+NO_NETWORK |= {"no_proxy": "127.0.0.1,localhost", "NO_PROXY": "127.0.0.1,localhost"}
 
 
 def call(*words: str, cwd: Path = ROOT, **env: str) -> None:
@@ -103,9 +105,10 @@ def mypy() -> None:
 
 
 def nbdev_test() -> None:
-    "Every notebook runs from top to bottom, one torch thread a process"
-    with tempfile.TemporaryDirectory() as runs:
-        call("nbdev_test", "--n_workers", "2", "--timing", "--do_print", SADALIB_RUNS=runs, SADALIB_FIGURES=f"{runs}/figures", **ONE_THREAD)
+    "Every notebook runs from top to bottom, offline and without prepared data, one torch thread a process"
+    with tempfile.TemporaryDirectory() as tmp:
+        roots = {"SADALIB_RUNS": f"{tmp}/runs", "SADALIB_FIGURES": f"{tmp}/figures", "SADALIB_DATA": f"{tmp}/data"}
+        call("nbdev_test", "--n_workers", "2", "--timing", "--do_print", **roots, **ONE_THREAD, **NO_NETWORK)
 
 
 def pytest() -> None:
