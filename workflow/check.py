@@ -113,7 +113,7 @@ def nbdev_test() -> None:
 
 def pytest() -> None:
     "The tests a reader need not see"
-    call("pytest", "--durations", "8", "-rs")
+    call("pytest", "-n", "2", "--dist", "loadfile", "--durations", "8", "-rs")
 
 
 STEPS = {f.__name__: f for f in (export, clean, readme, figures, ruff, mypy, nbdev_test, pytest)}
