@@ -72,20 +72,27 @@ def _value(text: str):
         with contextlib.suppress(ValueError): return kind(text)
     return text
 
-# %% ../nbs/00j_cli.ipynb #b65a25ad
+# %% ../nbs/00j_cli.ipynb #da1b10e1
 def train(
     words: list[str], # name=value, names as in `TrainParameters`
 ) -> int: # exit status
     "Make the training run that the parameters in `words` ask for"
-    from sadalib.recipes import TrainParameters, train_config
-    from sadalib.runs import Parameters, record, require
+    from dataclasses import fields
+
+    from sadalib.recipes import TrainParameters, check_effect, train_config
+    from sadalib.runs import Parameters, did_you_mean, record, require
     given: dict = {}
     params = Parameters(given)
     for word in words:
         name, sign, text = word.partition("=")
         if not sign: raise SadalibError(f"`{word}` is no parameter: expected name=value, for example dataset=pacs.")
         given[name] = _value(text)
-    run = require(train_config(params.build(TrainParameters)))
+    known = [f.name for f in fields(TrainParameters) if f.name not in ("save", "force")]
+    for name in given:
+        if name not in known: raise SadalibError(f"unknown parameter `{name}`{did_you_mean(name, known)}")
+    parameters = params.build(TrainParameters)
+    check_effect(parameters)
+    run = require(train_config(parameters))
     if os.environ.get("RANK", "0") == "0":
         print(run.folder)
         for row in record(run)["metrics"]: print(f"{row['data']:24}{row['rule']:8}{100 * row['value']:6.2f} %")

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'BASE', 'METHODS', 'resolve_profile', 'TrainParameters', 'check_choices', 'source_domain', 'erm_config',
-           'map_config', 'build_method', 'train_config', 'MapParameters', 'measure_configs', 'BenchmarkParameters']
+           'map_config', 'guide_config', 'build_method', 'train_config', 'check_effect', 'figure_name', 'MapParameters',
+           'measure_configs', 'BenchmarkParameters']
 
-# %% ../nbs/00i_recipes.ipynb #38701d42
+# %% ../nbs/00i_recipes.ipynb #7701a0b2
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -128,6 +129,11 @@ def source_domain(
     short = [s.rpartition("/")[2] for s in sources]
     raise SadalibError(f"unknown source `{source}` of {dataset}{did_you_mean(source, short)}")
 
+# %% ../nbs/00i_recipes.ipynb #9fc8d4f2
+def _first(given, usual):
+    "`given` unless it is None"
+    return usual if given is None else given
+
 # %% ../nbs/00i_recipes.ipynb #71b2fdf2
 def _row(p) -> dict[str, Any]:
     "The profile's table row for parameters `p`, explicit values in place"
@@ -141,44 +147,55 @@ def _row(p) -> dict[str, Any]:
 
 _WHOLE = {"mnist": 55000, "cifar10": 45000} # training images beside the 5,000 held out
 
-# %% ../nbs/00i_recipes.ipynb #73ab4b05
+# %% ../nbs/00i_recipes.ipynb #bd3e5a07
 def erm_config(
     parameters, # TrainParameters or MapParameters
 ) -> TrainConfig:
     "The ERM run that belongs to `parameters`"
     row, source = _row(parameters), source_domain(parameters.dataset, parameters.source)
-    epochs = getattr(parameters, "erm_epochs", None) or row["recipe"].epochs
+    epochs = _first(getattr(parameters, "erm_epochs", None), row["recipe"].epochs)
     kept = {k: row[k] for k in ("model", "weights", "size", "train_images", "valid_images", "threads")}
     unseen = TASKS[parameters.dataset].targets(source)
     return TrainConfig(method=ERM(), data=source, targets=unseen, seed=parameters.seed,
                        recipe=replace(row["recipe"], epochs=epochs), **kept)
 
-# %% ../nbs/00i_recipes.ipynb #01ef480e
+# %% ../nbs/00i_recipes.ipynb #27c9435e
 def map_config(
     parameters, # TrainParameters or MapParameters
     trained: TrainConfig | None = None, # whose network is measured; None: the ERM run
 ) -> MapConfig:
     "The sensitivity map that belongs to `parameters`, on the source's test split"
     row, trained = _row(parameters), trained or erm_config(parameters)
-    kept = {"n": parameters.map_images or row["n"], "cutoff": parameters.map_cutoff or row["cutoff"]}
+    kept = {"n": _first(parameters.map_images, row["n"]), "cutoff": _first(parameters.map_cutoff, row["cutoff"])}
     return MapConfig(model_run=trained, domain=trained.data, **kept, seed=parameters.seed, threads=row["threads"],
                      l2=getattr(parameters, "l2", "amplitude"), precision=row["recipe"].precision)
 
-# %% ../nbs/00i_recipes.ipynb #4f8b729d
+# %% ../nbs/00i_recipes.ipynb #3a9d373b
+_VALID = {"digits": 147, "mnist": 5000, "pacs": 171, "cifar10": 5000} # images held out for validation, at least
+
+def guide_config(
+    p, # TrainParameters
+) -> MapConfig:
+    "The map that guides SADA under parameters `p`"
+    found = map_config(p)
+    return found if p.protocol == "official" else replace(found, split="valid", n=min(found.n, _VALID[p.dataset]))
+
+# %% ../nbs/00i_recipes.ipynb #d88483ec
 def build_method(
     p: TrainParameters,
 ) -> Method:
     "The training method that parameters `p` name"
     if p.method == "sada":
-        guided = None if p.guidance == "uniform" else map_config(p)
-        if p.protocol == "official": return SADA.official(map=guided, guidance=p.guidance)
-        return SADA(steps=p.steps, step_size=p.step_size, guidance=p.guidance, strength=p.strength, map=guided,
-                    views=_row(p)["views"], weight=p.js_weight, init=None if p.init == "none" else p.init,
-                    brightness=p.brightness, stop=p.stop, augmix=p.augmix, compat=p.compat)
+        guided = None if p.guidance == "uniform" else guide_config(p)
+        shared: dict[str, Any] = {"map": guided, "guidance": p.guidance, "shuffle_seed": p.seed, "compat": p.compat}
+        if p.protocol == "official": return SADA.official(**shared)
+        return SADA(steps=p.steps, step_size=p.step_size, strength=p.strength, views=_row(p)["views"],
+                    weight=p.js_weight, init=None if p.init == "none" else p.init, brightness=p.brightness,
+                    stop=p.stop, augmix=p.augmix, **shared)
     others: dict[str, Any] = {"erm": ERM, "augmix": AugMix, "randconv": RandConv, "noise": SpectralNoise}
     return {**others, "pgd": PGDTraining}[p.method]()
 
-# %% ../nbs/00i_recipes.ipynb #ff6e2922
+# %% ../nbs/00i_recipes.ipynb #8648b2cd
 def train_config(
     p: TrainParameters, # checked
 ) -> TrainConfig:
@@ -186,10 +203,38 @@ def train_config(
     check_choices(p)
     profile, row, base = resolve_profile(p.profile), _row(p), erm_config(p)
     start = p.start or ("scratch" if profile == "paper" or p.protocol == "official" else "erm")
-    if p.method == "erm" and p.start is None: start, epochs = "scratch", p.epochs or base.recipe.epochs
-    else: epochs = p.epochs or (row["tune"] if start == "erm" else row["recipe"].epochs)
-    recipe = replace(row["recipe"], epochs=epochs)
+    if p.method == "erm" and p.start is None: start, usual = "scratch", base.recipe.epochs
+    else: usual = row["tune"] if start == "erm" else row["recipe"].epochs
+    recipe = replace(row["recipe"], epochs=_first(p.epochs, usual))
     return replace(base, method=build_method(p), init=base if start == "erm" else None, recipe=recipe)
+
+# %% ../nbs/00i_recipes.ipynb #38d21b1d
+_ATTACK = ("augmix", "strength", "steps", "step_size", "init", "brightness", "stop", "js_weight", "views")
+
+def check_effect(
+    p: TrainParameters, # as the user gave them
+) -> None:
+    "Refuse parameters that have no effect beside the others"
+    idle: tuple = () if p.method == "sada" else (*_ATTACK, "compat", "guidance", "protocol", "map_images", "map_cutoff")
+    if p.method == "sada" and p.protocol == "official": idle += _ATTACK
+    if p.method == "sada" and p.guidance == "uniform": idle += ("strength", "map_images", "map_cutoff")
+    for name in idle:
+        if getattr(p, name) != getattr(TrainParameters(), name):
+            raise SadalibError(f"parameter `{name}` has no effect with method {p.method}, protocol {p.protocol}, guidance "
+                               f"{p.guidance}: leave it out.")
+
+# %% ../nbs/00i_recipes.ipynb #e78fb9f4
+_UNNAMED = ("dataset", "source", "method", "methods", "guidance", "profile", "save", "force")
+
+def figure_name(
+    parameters, # a parameter dataclass
+    *words: str, # that the name begins with
+) -> str:
+    "`words` and every parameter that differs from its default"
+    usual = type(parameters)()
+    changed = {f.name: getattr(parameters, f.name) for f in fields(parameters) if f.name not in _UNNAMED}
+    extra = [f"{k}_{'-'.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in changed.items() if v != getattr(usual, k)]
+    return "_".join([*words, *extra]).replace(".", "p")
 
 # %% ../nbs/00i_recipes.ipynb #5537afe4
 @dataclass(frozen=True)
@@ -215,7 +260,7 @@ class MapParameters:
     save: bool = False # write pictures and tables to figures/
     force: bool = False # let a lower profile overwrite a better one's figures
 
-# %% ../nbs/00i_recipes.ipynb #b3904f1a
+# %% ../nbs/00i_recipes.ipynb #3af197dd
 def measure_configs(
     p: MapParameters,
 ) -> dict[tuple[str, int], MapConfig]: # by method and seed
@@ -223,13 +268,13 @@ def measure_configs(
     check_choices(p)
     if unknown := [m for m in p.methods if m not in METHODS]:
         raise SadalibError(f"unknown method `{unknown[0]}`{did_you_mean(unknown[0], METHODS)}")
-    if isinstance(p.l2, str) and p.l2 != "amplitude":
+    if p.l2 != "amplitude" and (isinstance(p.l2, str) or not p.l2 > 0):
         raise SadalibError(f"parameter `l2` is {p.l2!r}: expected `amplitude` or a positive number.")
     out = {}
     for method in p.methods:
         for seed in p.seeds:
-            one = TrainParameters(**{k: getattr(p, k) for k in _SHARED}, erm_epochs=p.epochs, method=method, seed=seed,
-                                  guidance="uniform")
+            one = TrainParameters(**{k: getattr(p, k) for k in _SHARED}, epochs=p.epochs, erm_epochs=p.epochs,
+                                  method=method, seed=seed)
             mapped = map_config(replace(one, method="erm"), train_config(one))
             out[method, seed] = replace(mapped, l2=p.l2 if isinstance(p.l2, str) else float(p.l2))
     return out

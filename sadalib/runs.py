@@ -8,8 +8,8 @@ __all__ = ['SadalibError', 'did_you_mean', 'seeded', 'Shard', 'rand', 'randn', '
            'code_digest', 'provenance', 'peak_memory', 'Progress', 'duration', 'Run', 'computes', 'locked', 'Log',
            'open_run', 'clear', 'finish', 'intact', 'record', 'require', 'Parameters', 'checked']
 
-# %% ../nbs/00a_runs.ipynb #72921b5c
-import ast, contextlib, dataclasses, difflib, errno, functools, hashlib, importlib.util, json, math, os, platform
+# %% ../nbs/00a_runs.ipynb #f7b389c0
+import ast, contextlib, dataclasses, difflib, errno, functools, hashlib, importlib.util, inspect, json, math, os, platform
 import re, resource, shutil, socket, subprocess, sys, threading, time, types, typing, warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -102,12 +102,13 @@ def randint(
     "Uniform integers from `low` to `high` - 1 of `shape`"
     return _draw(functools.partial(torch.randint, low, high), shape, generator, device)
 
-# %% ../nbs/00a_runs.ipynb #edd6e1f6
+# %% ../nbs/00a_runs.ipynb #00b273a1
 @contextlib.contextmanager
 def cpu_threads(
     n: int, # threads of one torch operation
 ) -> Iterator[None]:
     "Compute with `n` torch threads inside the block"
+    if n < 1: raise SadalibError(f"threads is {n}: expected at least 1.")
     before = torch.get_num_threads()
     torch.set_num_threads(n)
     try: yield
@@ -239,10 +240,10 @@ def _is_docstring(node: ast.AST) -> bool:
     "Whether statement `node` is a bare string"
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
-# %% ../nbs/00a_runs.ipynb #8e212d9d
+# %% ../nbs/00a_runs.ipynb #af2026dd
 @functools.cache
-def _code_of(name: str, stamp: float) -> tuple[str, frozenset]:
-    "The digest of module `name` without comments and docstrings, and the sadalib modules it imports"
+def _code_of(name: str) -> tuple[str, frozenset]:
+    "The digest of module `name`, as first seen by this process, without comments and docstrings; its sadalib imports"
     spec = importlib.util.find_spec(name)
     tree = ast.parse(Path(spec.origin).read_text(encoding="utf8")) # type: ignore[union-attr,arg-type]
     is_package = Path(spec.origin).name == "__init__.py" # type: ignore[union-attr,arg-type]
@@ -252,19 +253,20 @@ def _code_of(name: str, stamp: float) -> tuple[str, frozenset]:
         if isinstance(body, list) and body and _is_docstring(body[0]): body[0] = ast.Pass()
     return hashlib.sha256(ast.dump(tree).encode()).hexdigest(), frozenset(_imports(tree, package))
 
-# %% ../nbs/00a_runs.ipynb #21359e5c
+# %% ../nbs/00a_runs.ipynb #706fd5ab
 def code_digest(
     *modules: str, # names such as "sadalib.sada"; others than sadalib's are left out
+    own: str = "", # source text of what a user defined
 ) -> str: # 12 hex digits
     "One digest of `modules` and of every sadalib module they import, directly or not"
-    todo, seen = [m for m in modules if m.startswith("sadalib.")], {}
+    todo, seen = [m for m in modules if m.startswith("sadalib.")], {"": own} if own else {}
     while todo:
         name = todo.pop()
         if name in seen: continue
         try: spec = importlib.util.find_spec(name)
         except ModuleNotFoundError: spec = None # a name imported from a module, not a module
         if spec is None or spec.origin is None: continue
-        seen[name], more = _code_of(name, os.stat(spec.origin).st_mtime)
+        seen[name], more = _code_of(name)
         todo += more
     return digest(seen)[:12]
 
@@ -276,7 +278,17 @@ def _modules_of(config) -> set[str]:
     inner = [getattr(config, f.name) for f in dataclasses.fields(config)]
     return {type(config).__module__} | _modules_of(inner)
 
-# %% ../nbs/00a_runs.ipynb #84c5eb97
+# %% ../nbs/00a_runs.ipynb #ced76bff
+def _own_sources(config) -> str:
+    "The source of the methods of dataclasses in `config` that are defined outside sadalib"
+    if isinstance(config, (list, tuple)): return "".join(_own_sources(c) for c in config)
+    if not dataclasses.is_dataclass(config): return ""
+    text = ""
+    for f in () if type(config).__module__.startswith("sadalib.") else vars(type(config)).values():
+        with contextlib.suppress(OSError, TypeError): text += inspect.getsource(f) if inspect.isfunction(f) else ""
+    return text + _own_sources([getattr(config, f.name) for f in dataclasses.fields(config)])
+
+# %% ../nbs/00a_runs.ipynb #ad7f9824
 @functools.cache
 def _git() -> dict:
     "The clone's commit, and whether the work tree differs from it"
@@ -284,7 +296,7 @@ def _git() -> dict:
     if root is None or shutil.which("git") is None: return {"commit": None, "dirty": None}
     def out(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip()
+        return done.stdout.rstrip()
     changed = [line for line in out("status", "--porcelain").splitlines() if not line[3:].startswith("figures/")]
     return {"commit": out("rev-parse", "HEAD") or None, "dirty": bool(changed)}
 
@@ -354,9 +366,9 @@ def _short(value) -> str:
     "A number in a few characters"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-# %% ../nbs/00a_runs.ipynb #b48bc4f5
+# %% ../nbs/00a_runs.ipynb #d41cff78
 def _interactive() -> bool:
-    "Whether somebody looks at this output as it appears: a terminal, or a notebook that papermill does not run"
+    "Whether somebody looks at this output as it appears, in a terminal"
     if os.environ.get("SADALIB_PROGRESS") == "plain" or os.environ.get("IN_TEST"): return False
     return sys.stderr.isatty()
 
@@ -368,7 +380,7 @@ def duration(
     s = round(seconds)
     return f"{s} s" if s < 100 else f"{round(s / 60)} min" if s < 6000 else f"{s / 3600:.1f} h"
 
-# %% ../nbs/00a_runs.ipynb #da9d57d1
+# %% ../nbs/00a_runs.ipynb #719ae4bd
 class Run:
     "The folder of one run of `config`; making the object touches no file"
     def __init__(
@@ -380,7 +392,7 @@ class Run:
         self.id = config_id(config)
         self.folder = Path(root or runs_root())/self.experiment/self.id
         maker = _COMPUTES.get(type(config))
-        self.code = code_digest(*_modules_of(config), maker.__module__ if maker else "")
+        self.code = code_digest(*_modules_of(config), maker.__module__ if maker else "", own=_own_sources(config))
         self._began, self._cpu = time.monotonic(), time.process_time()
 
     def __repr__(self) -> str: return f"Run({self.experiment}/{self.id}, {'done' if self.done else 'not done'})"
@@ -461,7 +473,7 @@ class Log:
         rows = [r for r in self.rows() if r.get("step", 0) <= step]
         write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in rows))
 
-# %% ../nbs/00a_runs.ipynb #93b75539
+# %% ../nbs/00a_runs.ipynb #8f343019
 @contextlib.contextmanager
 def open_run(
     run: Run, # not finished, or stale and to be redone
@@ -475,25 +487,24 @@ def open_run(
             print(f"{run.experiment}/{run.id} was begun by other code than today's: starting over", flush=True)
             clear(run)
         run.write("config.json", canonical(run.config))
-        before = run._read("env.json")
-        spent = {"seconds": 0., "cpu_seconds": 0., **{k: before[k] for k in ("seconds", "cpu_seconds") if k in before}}
-        spent["starts"] = before.get("starts", 0) + 1
-        run.write("env.json", {**provenance(device), "code": run.code, **spent})
+        starts = run._read("env.json").get("starts", 0) + 1
+        run.write("env.json", {**provenance(device), "code": run.code, "starts": starts})
         run._began, run._cpu = time.monotonic(), time.process_time()
         try: yield Log(run.folder/"metrics.jsonl")
         except OSError as e: raise _file_problem(run.folder/"checkpoint", e) from e
 
-# %% ../nbs/00a_runs.ipynb #b5e99e40
+# %% ../nbs/00a_runs.ipynb #240cd50c
 def clear(
     run: Run, # its lock is held
 ) -> None:
-    "Remove what `run` has computed so far, `done` first"
-    for name in ("done", "result.json", "env.json", "metrics.jsonl"): (run.folder/name).unlink(missing_ok=True)
+    "Remove what `run` has computed so far: `done` first, and last the file that says which code it was"
+    for name in ("done", "result.json", "metrics.jsonl"): (run.folder/name).unlink(missing_ok=True)
     for path in run.folder.glob("*"):
         if path.is_dir(): shutil.rmtree(path)
-        elif path.name not in ("lock", "holder.json", "config.json"): path.unlink()
+        elif path.name not in ("lock", "holder.json", "config.json", "env.json"): path.unlink()
+    (run.folder/"env.json").unlink(missing_ok=True)
 
-# %% ../nbs/00a_runs.ipynb #b17bf3ea
+# %% ../nbs/00a_runs.ipynb #4f171891
 def finish(
     run: Run, # open
     metrics: list[dict], # rows such as {"metric": "accuracy", "data": "usps", "value": .76, "n": 2007}
@@ -505,10 +516,8 @@ def finish(
     body = {"id": run.id, "experiment": run.experiment, "config": canonical(run.config), "code": run.code}
     body = {**body, "metrics": metrics, **extra}
     run.write("result.json", {**body, "digest": digest(json.loads(json.dumps(body, default=str)))})
-    env = run._read("env.json")
-    spent = {"seconds": env.get("seconds", 0.) + time.monotonic() - run._began,
-             "cpu_seconds": env.get("cpu_seconds", 0.) + time.process_time() - run._cpu, "peak_memory": peak_memory()}
-    run.write("env.json", {**env, **spent})
+    spent = {"seconds": time.monotonic() - run._began, "cpu_seconds": time.process_time() - run._cpu}
+    run.write("env.json", {**run._read("env.json"), **spent, "peak_memory": peak_memory()}) # of the last start
     write_atomic(run.folder/"done", run.id + "\n")
 
 # %% ../nbs/00a_runs.ipynb #51fbac44
@@ -584,7 +593,7 @@ class Parameters:
         self.before = None # type: ignore[assignment]
         return config
 
-# %% ../nbs/00a_runs.ipynb #21cc5826
+# %% ../nbs/00a_runs.ipynb #08cc3051
 def checked(
     name: str, # of the parameter
     value, # what was given
@@ -594,6 +603,8 @@ def checked(
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
     if value is None and type(None) in kinds: return value
     if isinstance(value, str) and str not in kinds: return _listed(name, value, kinds)
+    lists = any(typing.get_origin(k) is tuple for k in kinds)
+    if type(value) in (int, float) and lists: return _listed(name, str(value), kinds) # papermill reads `1` as a number
     if type(value) is int and int not in kinds and float in kinds: return float(value)
     fits = type(value) in kinds or any(typing.get_origin(k) is type(value) for k in kinds)
     if isinstance(value, float): fits = fits and math.isfinite(value)

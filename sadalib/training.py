@@ -7,10 +7,10 @@ __all__ = ['AUGMENTATIONS', 'Method', 'jitter_noise', 'crop_and_flip', 'Recipe',
            'evaluate', 'selected_epoch', 'Team', 'team', 'Loop', 'batch_at', 'take_step', 'save_checkpoint', 'resume',
            'end_epoch', 'fit', 'TrainConfig', 'training_data', 'load_model', 'evaluation_sets', 'train']
 
-# %% ../nbs/00d_training.ipynb #cfee1ffd
-import contextlib, copy, math, os, time
+# %% ../nbs/00d_training.ipynb #d0bbaafa
+import contextlib, math, os, time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -221,12 +221,14 @@ class Team:
         "Wait for all processes"
         if self.size > 1: torch.distributed.barrier()
 
-# %% ../nbs/00d_training.ipynb #6378f089
+# %% ../nbs/00d_training.ipynb #029f85e5
 def team() -> Team:
     "The team that accelerate or torchrun launched this process in, or a team of one"
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.distributed.is_initialized():
+        from datetime import timedelta
+
         from accelerate import PartialState
-        PartialState()
+        PartialState(timeout=timedelta(days=7)) # one process may compute a map while the others wait
     on = torch.distributed.is_available() and torch.distributed.is_initialized()
     return Team(torch.distributed.get_rank(), torch.distributed.get_world_size()) if on else Team()
 
@@ -281,7 +283,14 @@ def batch_at(
     images = augment(images, generator=source) if augment else images
     return images.contiguous(memory_format=loop.layout), loop.data.labels[index], source, share
 
-# %% ../nbs/00d_training.ipynb #1dfc88c8
+# %% ../nbs/00d_training.ipynb #9ee33489
+def _check_finite(loop: Loop, total: Tensor) -> None:
+    "Refuse to go on with a loss `total` that is no number"
+    if not total.isfinite():
+        raise SadalibError(f"the loss of {loop.method.name} became {total.item()} at step {loop.step}: lower the "
+                           "learning rate or the attack's strength; the last checkpoint is kept.")
+
+# %% ../nbs/00d_training.ipynb #d712ca6a
 def take_step(
     loop: Loop, # is advanced by one step
 ) -> dict[str, Tensor]: # detached loss terms
@@ -296,9 +305,7 @@ def take_step(
     loop.optimizer.step()
     loop.step += 1
     terms = {k: v.detach().double() * share for k, v in terms.items()}
-    if (loop.device.type == "cpu" or loop.step % 20 == 0) and not terms["total"].isfinite():
-        raise SadalibError(f"the loss of {loop.method.name} became {terms['total'].item()} at step {loop.step}: lower "
-                           "the learning rate or the attack's strength; the last checkpoint is kept.")
+    if loop.device.type == "cpu" or loop.step % 20 == 0: _check_finite(loop, terms["total"])
     return terms
 
 # %% ../nbs/00d_training.ipynb #7a892bcc
@@ -321,7 +328,7 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     "The entries under `prefix.`, without it"
     return {k.removeprefix(prefix + "."): v for k, v in tensors.items() if k.startswith(prefix + ".")}
 
-# %% ../nbs/00d_training.ipynb #d60d8c67
+# %% ../nbs/00d_training.ipynb #0130967e
 def resume(
     loop: Loop, # fresh
 ) -> bool: # whether there was something to resume
@@ -337,9 +344,10 @@ def resume(
     loop.optimizer.load_state_dict({**loop.optimizer.state_dict(), "state": state})
     loop.method.load_state_dict(_part(tensors, "method"))
     loop.sums = {k: v.to(loop.device) for k, v in _part(tensors, "sums").items()}
-    loop.step, loop.best, loop.selected_epoch = meta["step"], meta["best"], meta["selected_epoch"]
-    chosen = loop.folder/"selected.safetensors" # type: ignore[operator]
-    if loop.selected_epoch is not None: loop.selected = _part(load_tensors(chosen)[0], "model")
+    loop.step, chosen = meta["step"], path.with_name("selected.safetensors")
+    if chosen.is_file():
+        tensors, meta = load_tensors(chosen)
+        loop.selected, loop.best, loop.selected_epoch = _part(tensors, "model"), meta["best"], meta["selected_epoch"]
     return True
 
 # %% ../nbs/00d_training.ipynb #36e6f04e
@@ -370,7 +378,7 @@ def _share_buffers(loop: Loop) -> None:
     if loop.team.size > 1:
         for b in buffers: b /= loop.team.size
 
-# %% ../nbs/00d_training.ipynb #508d05f5
+# %% ../nbs/00d_training.ipynb #0135e8bd
 def fit(
     model: nn.Module, # is trained in place
     data: ImageSet, # training images
@@ -380,7 +388,8 @@ def fit(
 ) -> Loop: # `.model` after the last epoch, `.selected` weights of the `valid` rule or None
     "Train `model` on `data` by `method`; resumes from `folder` where it was interrupted"
     loop = Loop(model, data, method, recipe, **options)
-    if resume(loop) and loop.log and not loop.team.rank: loop.log.cut(loop.step)
+    resume(loop)
+    if loop.folder and loop.log and not loop.team.rank: loop.log.cut(loop.step)
     saved = time.monotonic()
     shown = loop.progress and not loop.team.rank
     with Progress(loop.steps, f"{method.name}, seed {loop.seed}", loop.step, shown=shown) as bar:
@@ -389,10 +398,12 @@ def fit(
             loop.model.train()
             terms = take_step(loop)
             loop.sums = {k: loop.sums[k] + v if k in loop.sums else v for k, v in terms.items()}
-            if loop.step % loop.per_epoch == 0: end_epoch(loop)
+            whole, due = loop.step % loop.per_epoch == 0, time.monotonic() - saved > loop.save_every
+            due = due and loop.team.size == 1 # inside an epoch, sums and BatchNorm differ between processes
+            if whole or due or loop.step in recipe.keep_steps: _check_finite(loop, terms["total"])
+            if whole: end_epoch(loop)
             if loop.step in recipe.keep_steps: save_checkpoint(loop, f"step-{loop.step}")
-            if loop.step % loop.per_epoch == 0 or time.monotonic() - saved > loop.save_every:
-                save_checkpoint(loop); saved = time.monotonic()
+            if whole or due: save_checkpoint(loop); saved = time.monotonic()
             bar.update(**({"loss": terms["total"].item()} if loop.device.type == "cpu" else {}))
     loop.team.wait()
     loop.model.eval()
@@ -430,12 +441,15 @@ def _load(config: TrainConfig, name: str, split: str, limit: int | None = None) 
     "Data set `name` in the shape that `config` wants"
     return load(name, split, size=config.size, channels=config.channels, limit=limit)
 
-# %% ../nbs/00d_training.ipynb #872e2095
+# %% ../nbs/00d_training.ipynb #c15debca
 def training_data(
     config: TrainConfig,
 ) -> tuple[ImageSet, ImageSet | None]: # train, valid
     "The training and validation images of `config`, which never overlap"
     data = _load(config, config.data, "train", config.train_images)
+    if len(data) < (config.train_images or 0):
+        raise SadalibError(f"{config.data} has {len(data)} training images, train_images asks for {config.train_images}: "
+                           "ask for fewer.")
     if config.valid_images == 0: return data, None
     valid = _load(config, config.data, "valid")
     at = _held_out_at(data, valid)
@@ -503,11 +517,11 @@ def _trainings(config) -> Iterator[TrainConfig]:
         if is_dataclass(value) and not isinstance(value, type): yield from _trainings(value)
         if isinstance(value, TrainConfig): yield value
 
-# %% ../nbs/00d_training.ipynb #b1a57e8c
+# %% ../nbs/00d_training.ipynb #0a34a000
 def _prepared(config: TrainConfig, root: Path) -> Method:
     "A copy of `config`'s method with the runs that it builds on fetched"
     for earlier in _trainings(config): require(earlier, root=root)
-    method, members = copy.deepcopy(config.method), team()
+    method, members = replace(config.method), team() # fields only: what was put into it by hand is no part of the run
     if members.rank == 0: method.prepare(lambda c: require(c, root=root))
     members.wait()
     if members.rank > 0: method.prepare(lambda c: require(c, root=root))

@@ -192,7 +192,7 @@ def project(
     delta = perturbed - images
     return (images + delta*(eps/_length(delta).clamp(min=eps))).clamp(0, 1)
 
-# %% ../nbs/00g_yardsticks.ipynb #109a6c86
+# %% ../nbs/00g_yardsticks.ipynb #87c0c097
 _NORMS = ("linf", "l2")
 
 def _check_attack(images: Tensor, labels: Tensor, norm: str, numbers: Mapping[str, float]) -> None:
@@ -204,7 +204,7 @@ def _check_attack(images: Tensor, labels: Tensor, norm: str, numbers: Mapping[st
     if images.ndim < 2 or labels.shape != images.shape[:1] or labels.is_floating_point():
         raise SadalibError(f"images of shape {tuple(images.shape)} do not fit {labels.dtype} labels of shape "
                            f"{tuple(labels.shape)}: give (B, C, H, W) and one whole number an image.")
-    if images.numel() and not (0 <= images.min() and images.max() <= 1):
+    if images.numel() and not (-1e-3 <= images.min() and images.max() <= 1 + 1e-3): # rounding is clamped away
         raise SadalibError(f"images reach from {images.min():.3g} to {images.max():.3g}: give them in [0, 1], "
                            "since normalisation lives inside the model.")
 
@@ -236,7 +236,7 @@ def _floats(images: Tensor) -> Tensor:
     "`images` in [0, 1], whether they come as bytes or as floats"
     return images.float()/255 if images.dtype == torch.uint8 else images.detach()
 
-# %% ../nbs/00g_yardsticks.ipynb #493315ce
+# %% ../nbs/00g_yardsticks.ipynb #58e764ae
 def pgd_attack(
     model: nn.Module, # takes images in [0, 1]; any mode, left as it was
     images: Tensor, # in [0, 1] or uint8, (B, C, H, W)
@@ -252,6 +252,7 @@ def pgd_attack(
     images = _floats(images)
     step = 2.5*eps/max(1, steps) if step_size is None else step_size
     _check_attack(images, labels, norm, dict(eps=eps, steps=steps, step_size=step))
+    images = images.clamp(0, 1)
     if not (eps and steps and len(images)): return images.clone()
     with torch.inference_mode(False), torch.enable_grad(), frozen(model) as net:
         images, labels = images.clone(), labels.to(images.device, torch.long, copy=True)

@@ -22,7 +22,7 @@ from sadalib.baselines import ERM
 from sadalib.runs import require, Run
 from sadalib.sada import SADA
 from sadalib.training import Recipe, TrainConfig
-config = TrainConfig(method=SADA(guidance="uniform", steps=2), model="tinynet", train_images=400, threads=1,
+config = TrainConfig(method=SADA(guidance="uniform", steps=2, warm_up=1), model="tinynet", train_images=400, threads=1,
                      recipe=Recipe(epochs=4, batch_size=20, warmup=5), targets=("digits_hand",))
 """
 
