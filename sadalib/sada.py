@@ -6,9 +6,11 @@
 __all__ = ['STRENGTHS', 'ROUNDING', 'CPU_ROWS', 'GUIDANCE', 'RELEASED', 'amplitude_phase', 'from_amplitude', 'spectral_weight',
            'shuffled_map', 'AttackInfo', 'spectral_attack', 'attacked_views', 'SADA', 'jsd_loss']
 
-# %% ../nbs/03_sada.ipynb #da2390ee
+# %% ../nbs/03_sada.ipynb #8142a01e
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -20,7 +22,7 @@ from .augmix import augmix
 from .baselines import consistency_loss, jsd_loss
 from .models import frozen
 from .runs import SadalibError, Shard, did_you_mean, rand, seeded
-from .sensitivity import MapConfig, SensitivityMap, load_map
+from .sensitivity import MapConfig, SensitivityMap, _dtype, _whole, load_map
 from .training import Method
 
 _all_ = ["jsd_loss"]
@@ -99,12 +101,14 @@ def shuffled_map(
     mixed = half[rand(len(half), generator=generator, device=error.device).argsort()]
     return torch.cat([mixed, values[len(half):len(half) + 1], mixed.flip(0)]).view_as(error)
 
-# %% ../nbs/03_sada.ipynb #9f42cfd3
+# %% ../nbs/03_sada.ipynb #3ebe5e04
 ROUNDING = 1e-6 # an inverse FFT in float32 puts a black pixel this far from 0; sides chosen by it would be noise
 
 def _into_range(pixels: Tensor, normalise: str) -> Tensor:
     "Scale and clamp `pixels` to [0, 1]"
-    if normalise == "batch": return (pixels/pixels.max()).clamp(0, 1)
+    if normalise == "batch":
+        top = pixels.max()
+        return (pixels/torch.where(top > 0, top, 1)).clamp(0, 1)
     peak = pixels.amax((1, 2, 3), keepdim=True)
     return (pixels/torch.where(peak > 1 + ROUNDING, peak, 1) if normalise == "image" else pixels).clamp(0, 1)
 
@@ -144,27 +148,48 @@ class _Image(torch.autograd.Function):
         times[1:(pixels.shape[-1] + 1)//2] *= 2
         return back*times, None, None, None
 
-# %% ../nbs/03_sada.ipynb #a8783148
-def _factors(given: Tensor, like: Tensor, width: int, compat: bool, what: str) -> Tensor:
+# %% ../nbs/03_sada.ipynb #31d8c9df
+_HINTS = {"weight": ": place a centred map with spectral_weight(error, height, width).",
+          "init": ", or (..., 1, 1), the same factor everywhere."}
+
+def _given(factors, what: str) -> Tensor:
+    "`factors`, a tensor, an array or a list, as a tensor"
+    try: return torch.as_tensor(factors).detach()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SadalibError(f"{what} is a {type(factors).__name__}, but a tensor of factors is expected.") from error
+
+def _not_centred(weight: Tensor) -> None:
+    "Raises `SadalibError` for a full `weight` of odd sides that is symmetric as a centred map, not as an fft2 layout"
+    mirrored = weight.flip(-2, -1)
+    if weight.shape[-1] % 2 == 0 or weight.shape[-2] % 2 == 0 or not weight.allclose(mirrored): return
+    if not weight.allclose(mirrored.roll((1, 1), (-2, -1))):
+        raise SadalibError(f"weight {tuple(weight.shape)} has the symmetry of a centred map, but fft2 order, DC first, "
+                           f"is expected{_HINTS['weight']}")
+
+# %% ../nbs/03_sada.ipynb #a673bf45
+def _factors(given, like: Tensor, width: int, compat: bool, what: str) -> Tensor:
     "`given` as factors of the amplitudes `like`, half or full; raises `SadalibError` when its shape is neither"
-    height, shapes = like.shape[-2], (tuple(given.shape[-2:]), tuple(given.shape[:-2]))
-    halves, fulls = shapes[0] == (height, width//2 + 1), shapes[0] == (height, width)
-    leading = zip(shapes[1][::-1], like.shape[-3::-1], strict=False)
-    fits = len(shapes[1]) <= 2 and all(n in (1, m) for n, m in leading)
-    if not (halves or fulls) or not fits or not given.isfinite().all():
+    given, height = _given(given, what), like.shape[-2]
+    sides, outer = tuple(given.shape[-2:]), tuple(given.shape[:-2])
+    halves, fulls, single = (sides == s for s in ((height, width//2 + 1), (height, width), (1, 1)))
+    single = single and what == "init"
+    fits = len(outer) <= 2 and all(n in (1, m) for n, m in zip(outer[::-1], like.shape[-3::-1], strict=False))
+    if not (halves or fulls or single) or not fits or not given.isfinite().all():
         raise SadalibError(f"{what} has shape {tuple(given.shape)}, but finite factors (..., {height}, "
                            f"{width//2 + 1}) of half a spectrum, or (..., {height}, {width}) in fft2 order, are "
-                           "expected: place a centred map with spectral_weight(error, height, width).")
+                           f"expected{_HINTS[what]}")
     given = given.to(like)
+    if single: return given
+    if fulls and what == "weight": _not_centred(given)
     if compat: return given if fulls else _full(given, width)
     return given if halves else _hermitian(given)
 
-# %% ../nbs/03_sada.ipynb #f5e62d93
+# %% ../nbs/03_sada.ipynb #87e71901
 def _start(init: str | Tensor | None, amplitude: Tensor, width: int, compat: bool, uniform_eps: float,
            generator: torch.Generator | Shard | None) -> Tensor:
     "The amplitudes that the attack starts from"
     if init is None: return amplitude.clone()
-    if isinstance(init, Tensor): return amplitude*_factors(init, amplitude, width, compat, "init")
+    if not isinstance(init, str): return amplitude*_factors(init, amplitude, width, compat, "init")
     if init == "uniform":
         return amplitude*(1 + uniform_eps*(2*rand(*amplitude.shape, generator=generator, device=amplitude.device) - 1))
     if init != "dc":
@@ -214,7 +239,13 @@ class _ThinFirstLayer(TorchFunctionMode):
             return _ThinConvolution.apply(*args[:3], args[4])
         return func(*args, **(kwargs or {}))
 
-# %% ../nbs/03_sada.ipynb #02bef7c4
+# %% ../nbs/03_sada.ipynb #c09f9da0
+def _at_least(name: str, value, least: int, *, whole: bool = False) -> None:
+    "Raises `SadalibError` unless `value` is finite, a number, `whole` if asked for, and at least `least`"
+    if not (_whole(value) if whole else isinstance(value, Real)) or not least <= value < math.inf:
+        raise SadalibError(f"{name} is {value}, but a {'whole' if whole else 'finite'} number of at least {least} is "
+                           "expected.")
+
 @dataclass(frozen=True)
 class _Rule:
     "How an attack steps and stops; raises `SadalibError` for what makes no sense"
@@ -225,10 +256,10 @@ class _Rule:
         for name, known in (("direction", ("neg", "pos")), ("normalise", ("image", "batch", "none"))):
             value = getattr(self, name)
             if value not in known: raise SadalibError(f"unknown {name} `{value}`{did_you_mean(value, known)}")
-        for name, least in (("steps", 0), ("step_size", 0), ("budget", 1), ("eps", 0)):
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise SadalibError(f"{name} is {value}, but at least {least} is expected.")
+        _at_least("steps", self.steps, 0, whole=True)
+        _at_least("budget", self.budget, 1, whole=True)
+        _at_least("step_size", self.step_size, 0)
+        if self.eps is not None: _at_least("eps", self.eps, 0)
 
 # %% ../nbs/03_sada.ipynb #94a5109c
 @dataclass(frozen=True, eq=False)
@@ -243,11 +274,16 @@ class AttackInfo:
         shares = " ".join(f"{share:.2f}" for share in self.entered)
         return f"AttackInfo({self.steps_run} steps, fooled {self.fooled.float().mean():.0%}, entered {shares})"
 
-# %% ../nbs/03_sada.ipynb #d006cbbd
+# %% ../nbs/03_sada.ipynb #734ab28d
 def _called(net: nn.Module, images: Tensor, compat: bool) -> Tensor:
     "`net` on `images`, in the layout and with the first layer that are fast; bit by bit as it stands under `compat`"
+    images = images.to(_dtype(net, images.dtype)) # networks of half or double precision take no other
     if compat: return net(images)
-    with _ThinFirstLayer(): return net(images.contiguous(memory_format=torch.channels_last))
+    with _ThinFirstLayer():
+        try: return net(images.contiguous(memory_format=torch.channels_last))
+        except RuntimeError as error: # the network flattens with `view`
+            if "view size is not compatible" not in str(error): raise
+            return net(images.contiguous())
 
 # %% ../nbs/03_sada.ipynb #567674d3
 def _tested(logits: Tensor, labels: Tensor) -> Tensor:
@@ -314,9 +350,11 @@ class _Climb:
             rows = torch.cat([self.step(number, part, start) for part in rows.split(largest)])
         return AttackInfo(self.steps_run, tuple(self.entered), self.fooled, self.amplitude)
 
-# %% ../nbs/03_sada.ipynb #6e4310df
+# %% ../nbs/03_sada.ipynb #a493b399
 def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     "Copies of `images` as floats in [0, 1] and of `labels` as int64; raises `SadalibError` for anything else"
+    if not isinstance(images, Tensor):
+        raise SadalibError(f"images are a {type(images).__name__}, but a tensor (B, C, H, W) is expected.")
     labels = torch.as_tensor(labels, device=images.device)
     if images.ndim != 4 or 0 in images.shape or labels.shape != images.shape[:1] or labels.is_floating_point():
         raise SadalibError(f"images {tuple(images.shape)} and {labels.dtype} labels {tuple(labels.shape)} do not fit: "
@@ -324,31 +362,45 @@ def _checked(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     images = images.detach()/255 if images.dtype == torch.uint8 else images.detach().clone()
     images = images if images.dtype == torch.float64 else images.float()
     low, high = (bound.item() for bound in images.aminmax())
-    if not (low >= -1e-4 and high <= 1 + 1e-4): # NaN fails too
+    if not (low >= -1e-3 and high <= 1 + 1e-3): # NaN fails too
         raise SadalibError(f"images range from {low:.3g} to {high:.3g}, but [0, 1] is expected: undo the "
                            "normalisation, and put it inside the model.")
     if labels.min() < 0:
         raise SadalibError(f"label {labels.min().item()} is no class: labels run from 0 to classes - 1.")
-    return images, labels.long().clone()
+    return images.clamp(0, 1), labels.long().clone()
 
-# %% ../nbs/03_sada.ipynb #e8e90ffc
+# %% ../nbs/03_sada.ipynb #8e11f2a9
+def _gain(brightness, count: int) -> float | Tensor:
+    "`brightness`, a number or `count` gains; raises `SadalibError` for anything else"
+    numbers = torch.as_tensor(brightness) if isinstance(brightness, Real | Tensor) else torch.tensor(torch.nan)
+    fits = isinstance(brightness, Real) or numbers.numel() == count
+    if not fits or not numbers.isfinite().all() or (numbers < 0).any():
+        shown = f"a tensor {tuple(numbers.shape)}" if isinstance(brightness, Tensor) else repr(brightness)
+        raise SadalibError(f"brightness is {shown}, but a finite number, 0 or more, or a tensor of one such gain for "
+                           f"each of the {count} images is expected.")
+    return brightness
+
+# %% ../nbs/03_sada.ipynb #5c2d7b3c
 def _brightened(images: Tensor, brightness: float | Tensor, compat: bool,
                 generator: torch.Generator | Shard | None) -> Tensor:
     "`images` times a gain from U(1, 1 + `brightness`), one for each image, one for the batch under `compat`"
     if not isinstance(brightness, Tensor):
-        if not brightness >= 0: raise SadalibError(f"brightness is {brightness}, but 0 or more is expected.")
         if brightness == 0: return images
         draws = rand(len(images), generator=generator, device=images.device)
         brightness = 1 + brightness*(draws[:1] if compat else draws)
     return (images*brightness.to(images).view(-1, 1, 1, 1)).clamp(0, 1)
 
-# %% ../nbs/03_sada.ipynb #866a936c
+# %% ../nbs/03_sada.ipynb #1a28ebd8
 def _attack(model: nn.Module, images: Tensor, labels: Tensor, rule: _Rule, weight, init: str | Tensor | None,
             uniform_eps: float, brightness: float | Tensor,
             generator: torch.Generator | Shard | None) -> tuple[Tensor, AttackInfo]:
     "The attack that `rule` describes, and what it did"
+    if not isinstance(model, nn.Module):
+        raise SadalibError(f"model is a {type(model).__name__}, but a torch.nn.Module that gives logits is expected.")
     with torch.inference_mode(False), torch.enable_grad(), frozen(model) as net:
         images, labels = _checked(images, labels)
+        brightness = _gain(brightness, len(images))
+        if _dtype(net, images.dtype) != torch.float64: images = images.float() # a float32 network takes no float64
         climb, (height, width) = _Climb(net, images, labels, rule), images.shape[-2:]
         if isinstance(weight, SensitivityMap): weight = spectral_weight(weight.error, height, width, size=weight.size)
         if weight is not None: climb.weight = _factors(weight, climb.amplitude, width, rule.compat, "weight")
@@ -356,7 +408,7 @@ def _attack(model: nn.Module, images: Tensor, labels: Tensor, rule: _Rule, weigh
         info = climb.run()
         with torch.no_grad(): return _brightened(climb.images(info.amplitude), brightness, rule.compat, generator), info
 
-# %% ../nbs/03_sada.ipynb #252a4cb1
+# %% ../nbs/03_sada.ipynb #74dfdeee
 def spectral_attack(
     model: nn.Module, # takes images in [0, 1], gives logits; comes back as it was
     images: Tensor, # float in [0, 1] or uint8, (B, C, H, W)
@@ -365,7 +417,7 @@ def spectral_attack(
     steps: int = 5,
     step_size: float = .08, # relative to the amplitude
     weight: SensitivityMap | Tensor | None = None, # factor of the step: a map, (H, W//2+1), or (H, W) in fft2 order
-    init: str | Tensor | None = "dc", # "dc" | "uniform" | None | factors (..., H, W//2+1) or (..., H, W)
+    init: str | Tensor | None = "dc", # "dc" | "uniform" | None | factors (..., H, W//2+1), (..., H, W), (..., 1, 1)
     brightness: float | Tensor = .6, # upper end of the gain's range above 1, or the gains, (B,)
     stop: bool = True, # freeze an image at its last allowed misclassification
     budget: int = 1, # misclassifications that an image may use up (tau)
@@ -378,7 +430,7 @@ def spectral_attack(
     return_info: bool = False, # also return an `AttackInfo`
     compat: bool = False, # as released
     generator: torch.Generator | Shard | None = None, # None: not reproducible
-) -> Tensor | tuple[Tensor, AttackInfo]: # images in [0, 1], like `images`
+) -> Tensor | tuple[Tensor, AttackInfo]: # images in [0, 1], (B, C, H, W)
     "Change the amplitude spectrum of `images` until `model` errs, phases kept (SADA, AAAI 2023, released `attack_amp`)"
     normalise, freeze = normalise or ("batch" if compat else "image"), (not compat) if freeze is None else freeze
     rule = _Rule(steps, step_size, direction, stop, budget, freeze, compact and freeze and normalise != "batch",
@@ -462,7 +514,7 @@ def _one_by_one(model: nn.Module, parts: int) -> Callable[[Tensor], Tensor]:
     "`model`, called on each of `parts` equal parts of a batch"
     return lambda images: torch.cat([model(part) for part in images.chunk(parts)])
 
-# %% ../nbs/03_sada.ipynb #cf1ac83d
+# %% ../nbs/03_sada.ipynb #db72d581
 @dataclass(kw_only=True)
 class SADA(_Guided):
     "Cross-entropy on clean images, consistency with views whose amplitude spectrum is attacked (SADA, AAAI 2023)"
@@ -487,20 +539,28 @@ class SADA(_Guided):
         super().__post_init__()
         self._epoch = 0
         for name, least in (("views", 1), ("warm_up", 0), ("weight", 0), ("warm_up_weight", 0), ("brightness", 0)):
-            value = getattr(self, name)
-            if not value >= least: raise SadalibError(f"{name} is {value}, but at least {least} is expected.")
+            _at_least(name, getattr(self, name), least, whole=name in ("views", "warm_up"))
         if self.init not in ("dc", "uniform", None):
             raise SadalibError(f'init is {self.init!r}, but "dc", "uniform" or None is expected.')
         _Rule(self.steps, self.step_size, "neg", self.stop, 1, True, True, "image", self.eps, self.compat)
 
     @classmethod
-    def official(cls, **changes) -> "SADA":
-        "The released digits protocol, with `changes` (there: 50 epochs, batches of 256)"
+    def official(
+        cls,
+        **changes, # `compat=True` for the released attack; the released code used no map: `guidance="uniform"`
+    ) -> "SADA":
+        "The released digits settings with the repaired attack, and `changes` (there: 50 epochs, batches of 256)"
         return cls(**{**RELEASED, **changes})
 
     def epoch_start(self, epoch: int, epochs: int) -> None:
         "Remember `epoch`, for the warm-up"
         self._epoch = epoch
+
+    def state_dict(self) -> dict[str, Tensor]: return {"epoch": torch.tensor(self._epoch)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        "Take back what `state_dict` gave"
+        self._epoch = int(state.get("epoch", 0))
 
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, *,
              generator: torch.Generator | Shard | None = None) -> dict[str, Tensor]:
@@ -515,5 +575,6 @@ class SADA(_Guided):
         fooled, passes = info.fooled.float().mean(), images.new_tensor(sum(info.entered))
         return {**terms, "attack_fooled": fooled, "attack_passes": passes}
 
+# %% ../nbs/03_sada.ipynb #aa808244
 RELEASED = dict(strength="published", views=3, weight=.025, warm_up=6, warm_up_weight=10., augmix=True,
                 augmix_severity=2., augmix_all_ops=True, joint=False)

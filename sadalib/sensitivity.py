@@ -7,11 +7,12 @@ __all__ = ['Signs', 'fourier_basis', 'mean_amplitude', 'plot_amplitude', 'amplit
            'sensitivity_map', 'plot_maps', 'plot_profiles', 'plot_basis', 'markdown', 'save_map', 'read_map',
            'MapConfig', 'measure', 'load_map']
 
-# %% ../nbs/01_sensitivity.ipynb #4fbd16b2
-import base64, hashlib, io, math, time
+# %% ../nbs/01_sensitivity.ipynb #c1b999b8
+import base64, hashlib, io, math, numbers, time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,14 +21,18 @@ from torch import Tensor, nn
 
 from .data import load
 from .models import frozen
-from .runs import (Progress, Run, SadalibError, computes, cpu_threads, finish, load_tensors, open_run, randint,
-                          require, save_tensors, seeded)
+from .runs import (Progress, Run, SadalibError, Shard, computes, cpu_threads, finish, load_tensors, open_run,
+                          randint, require, save_tensors, seeded)
 from .training import load_model
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# %% ../nbs/01_sensitivity.ipynb #d8829a18
+# %% ../nbs/01_sensitivity.ipynb #b7064d05
+def _whole(value: object) -> bool:
+    "Whether `value` is a whole number, of Python or of numpy"
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
 def _angles(cycles: Tensor, side: int) -> Tensor:
     "Phase of each pixel of a line of `side` pixels for each of `cycles`, float64 (F, side)"
     turns = (cycles.cpu().long()[:, None] * torch.arange(side)).remainder(side)
@@ -47,7 +52,7 @@ def _waves(frequencies: Tensor, height: int, width: int, device: torch.device | 
     along = [f(columns).float().to(device)[:, None, :] for f in (torch.cos, torch.sin)]
     return torch.addcmul(down[0] * along[0], down[1], along[1], value=-1) # cos(a + b)
 
-# %% ../nbs/01_sensitivity.ipynb #8109f442
+# %% ../nbs/01_sensitivity.ipynb #67daf8a6
 def fourier_basis(
     u: int, # cycles down the rows, |u| <= height // 2
     v: int, # cycles along the columns, |v| <= width // 2
@@ -55,22 +60,22 @@ def fourier_basis(
     width: int, # of the image
 ) -> Tensor: # float32 (height, width), L2 norm 1
     "The wave cos(2 pi (`u` y / `height` + `v` x / `width`)), scaled to unit L2 norm (Yin et al. 2019, section 3.2)"
-    if not all(isinstance(n, int) for n in (u, v, height, width)) or height < 1 or width < 1:
+    if not all(map(_whole, (u, v, height, width))) or height < 1 or width < 1:
         raise SadalibError(f"fourier_basis({u}, {v}, {height}, {width}) needs four whole numbers: two frequencies in "
                            "cycles and a size of at least 1 x 1.")
     if abs(u) > height // 2 or abs(v) > width // 2:
         raise SadalibError(f"frequency ({u}, {v}) does not exist in a {height} x {width} image: choose |u| <= "
                            f"{height // 2} and |v| <= {width // 2}.")
-    return _waves(torch.tensor([[u, v]]), height, width)[0]
+    return _waves(torch.tensor([[int(u), int(v)]]), int(height), int(width))[0]
 
-# %% ../nbs/01_sensitivity.ipynb #fef16dc1
+# %% ../nbs/01_sensitivity.ipynb #71f2ce11
 def _window(height: int, width: int, cutoff: int | None) -> tuple[int, int]:
     "Largest row and column frequency of the map of a `height` x `width` image"
-    if cutoff is not None and (not isinstance(cutoff, int) or isinstance(cutoff, bool) or cutoff < 1):
-        raise SadalibError(f"cutoff is {cutoff!r}, expected None or a whole number of cycles from 1 on: a window of "
+    if cutoff is not None and (not _whole(cutoff) or cutoff < 0):
+        raise SadalibError(f"cutoff is {cutoff!r}, expected None or a whole number of cycles from 0 on: a window of "
                            "10 measures frequencies -10 to 10.")
     ku, kv = (height - 1) // 2, (width - 1) // 2
-    return (ku, kv) if cutoff is None else (min(ku, cutoff), min(kv, cutoff))
+    return (ku, kv) if cutoff is None else (min(ku, int(cutoff)), min(kv, int(cutoff)))
 
 # %% ../nbs/01_sensitivity.ipynb #d3c21e3d
 def _extent(ku: int, kv: int) -> tuple[float, float, float, float]:
@@ -174,14 +179,14 @@ def amplitude_rule(
     floor = 8 * math.sqrt(height * width) / 32
     return (_official_norm(u, v, height, width) * 30 * scale * amplitude).clamp_min(floor)
 
-# %% ../nbs/01_sensitivity.ipynb #96ac219f
+# %% ../nbs/01_sensitivity.ipynb #4d295b9d
 def _radii(l2: str | float | Tensor, images: Tensor, half: Tensor, ku: int, kv: int) -> Tensor:
     "Strength of each wave in each channel as `l2` asks for it, float32 (C, F)"
     channels, shape = images.shape[1], (2 * ku + 1, 2 * kv + 1)
     if isinstance(l2, str):
         if l2 != "amplitude":
             raise SadalibError(f"l2 is `{l2}`, expected \"amplitude\", a number or a tensor {shape}: choose one.")
-        full = amplitude_rule(images, cutoff=max(ku, kv, 1))
+        full = amplitude_rule(images, cutoff=max(ku, kv))
     else: full = torch.as_tensor(l2, dtype=torch.float32).detach().cpu()
     if full.ndim and full.shape not in (shape, (channels, *shape)):
         raise SadalibError(f"l2 has shape {tuple(full.shape)}, expected {shape}, or {(channels, *shape)} for a "
@@ -191,16 +196,29 @@ def _radii(l2: str | float | Tensor, images: Tensor, half: Tensor, ku: int, kv: 
                            "more.")
     return _halved(full.expand(channels, *shape), half, ku, kv).contiguous()
 
-# %% ../nbs/01_sensitivity.ipynb #bd62a6f7
+# %% ../nbs/01_sensitivity.ipynb #edc93522
 Signs = Callable[[int, int], Tensor]
 
-def _sign_source(signs: None | int | Signs, shape: tuple[int, int], generator: torch.Generator | None) -> Signs:
+def _drawn_signs(shape: tuple[int, int], generator: torch.Generator | Shard | None) -> Signs:
+    "Signs from a seed for each frequency; a `Shard` keeps its rows of them"
+    if not isinstance(generator, torch.Generator | Shard | None):
+        raise SadalibError(f"generator is {generator!r}, expected a torch.Generator or None: a seed becomes one by "
+                           "torch.Generator().manual_seed(seed).")
+    shard = generator if isinstance(generator, Shard) else None
+    source = shard.generator if shard else generator
+    seed = source.initial_seed() if isinstance(source, torch.Generator) else 0
+
+    def drawn(u: int, v: int) -> Tensor:
+        own: torch.Generator | Shard = seeded(seed, "sign", u, v)
+        if shard: own = Shard(own, shard.start, shard.stop, shard.total) # type: ignore[arg-type]
+        return randint(0, 2, *shape, generator=own) * 2 - 1
+    return drawn
+
+def _sign_source(signs: None | int | Signs, shape: tuple[int, int], generator: torch.Generator | Shard | None) -> Signs:
     "The function (u, v) -> signs (images, channels) behind the argument `signs`"
     if callable(signs): return signs
-    if signs is None:
-        seed = 0 if generator is None else generator.initial_seed()
-        return lambda u, v: randint(0, 2, *shape, generator=seeded(seed, "sign", u, v)) * 2 - 1
-    if isinstance(signs, int) and signs == 1: return lambda u, v: torch.ones(shape, dtype=torch.int64)
+    if signs is None: return _drawn_signs(shape, generator)
+    if _whole(signs) and signs == 1: return lambda u, v: torch.ones(shape, dtype=torch.int64)
     raise SadalibError(f"signs is {signs!r}, expected None (drawn from a seed), 1 (all plus) or a function (u, v) -> "
                        "tensor (images, channels): choose one.")
 
@@ -287,10 +305,16 @@ def _logits(net: nn.Module, images: Tensor) -> Tensor:
                            "wrap it in a module that returns them.")
     return logits
 
-# %% ../nbs/01_sensitivity.ipynb #b26750d8
+# %% ../nbs/01_sensitivity.ipynb #40b5befa
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+def _dtype(net: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    "The floating type of the parameters of `net`, or of its buffers; `otherwise` where it has neither"
+    return next((t.dtype for t in chain(net.parameters(), net.buffers()) if t.dtype in _FLOATS), otherwise)
+
 def _layout(net: nn.Module, images: Tensor) -> torch.memory_format:
     "Channels-last where `net` can take it, shown on two of the `images`"
-    try: net(images[:2].contiguous(memory_format=torch.channels_last))
+    try: net(images[:2].to(_dtype(net, images.dtype)).contiguous(memory_format=torch.channels_last))
     except RuntimeError: return torch.contiguous_format
     return torch.channels_last
 
@@ -315,7 +339,7 @@ def _members(labels: Tensor, classes: int) -> Tensor:
                            "labels that it was trained with.")
     return labels.bincount(minlength=classes)
 
-# %% ../nbs/01_sensitivity.ipynb #07d18fb9
+# %% ../nbs/01_sensitivity.ipynb #e3fab8a9
 class _Sweep:
     "Counts the errors of `net` on `images` for ranges of the frequencies `half`"
     def __init__(self, net: nn.Module, images: Tensor, labels: Tensor, half: Tensor, radii: Tensor, source: Signs,
@@ -328,7 +352,8 @@ class _Sweep:
         self.totals = _members(labels, self.classes)
 
     def forward(self, batch: Tensor) -> Tensor:
-        "Logits of a `batch`"
+        "Logits of a `batch`, in the floating type of the network"
+        batch = batch.to(_dtype(self.net, batch.dtype))
         with _precision(self.precision, batch.device):
             return _logits(self.net, batch.contiguous(memory_format=self.layout))
 
@@ -362,7 +387,7 @@ class _Sweep:
             tables.append(self.missed(batch.flatten(0, 1), rows, len(half)))
         return self.checked(tables, [f"images with frequency (u, v) = ({u}, {v}) added" for u, v in half.tolist()])
 
-# %% ../nbs/01_sensitivity.ipynb #669dc5bf
+# %% ../nbs/01_sensitivity.ipynb #ddf28648
 def _hash(*tensors: Tensor, text: str = "") -> str:
     "sha256 of `tensors`, their types and shapes, and `text`"
     h = hashlib.sha256(text.encode())
@@ -375,11 +400,15 @@ def _weights(model: nn.Module) -> list[Tensor]:
     "All that `model` has learnt"
     return [t for t in model.state_dict().values() if isinstance(t, Tensor)]
 
-def _fingerprint(model: nn.Module, sweep: _Sweep) -> str:
-    "sha256 of all that decides a map: the network with its weights, images, labels, waves, strengths and signs"
+def _fingerprint(model: nn.Module, sweep: _Sweep, clean: Tensor) -> str:
+    "sha256 of data, waves, signs, and of a network by what it shows: weights, printed form, some predictions, `clean`"
+    shown = min(64, len(sweep.images))
+    parts = _chunks(shown, max(x.stop - x.start for x in sweep.rows))
+    behaviour = [sweep.forward(sweep.images[rows]).argmax(1) for rows in parts]
     signs = (torch.as_tensor(sweep.source(u, v)) for u, v in sweep.half.tolist())
     rule = f"{model!r}{sweep.clamp}{sweep.precision}"
-    return _hash(*_weights(model), sweep.images, sweep.labels, sweep.half, sweep.radii, *signs, text=rule)
+    network = (*_weights(model), torch.cat(behaviour), clean)
+    return _hash(*network, sweep.images, sweep.labels, sweep.half, sweep.radii, *signs, text=rule)
 
 # %% ../nbs/01_sensitivity.ipynb #04ef9b39
 class _Partial:
@@ -423,12 +452,12 @@ def _run(sweep: _Sweep, partial: _Partial, progress: str | bool) -> None:
     finally:
         if partial.done > started: partial.save()
 
-# %% ../nbs/01_sensitivity.ipynb #a0977134
+# %% ../nbs/01_sensitivity.ipynb #bb840aaa
 def _checked(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int | None) -> tuple[Tensor, Tensor]:
     "`images` and `labels` on the device of `model`, in the types that the sweep needs; raises `SadalibError`"
     if not isinstance(model, nn.Module):
         raise SadalibError(f"model is a {type(model).__name__}, expected a torch.nn.Module that gives logits.")
-    if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 1):
+    if batch_size is not None and (not _whole(batch_size) or batch_size < 1):
         raise SadalibError(f"batch_size is {batch_size!r}, expected None or a whole number from 1 on.")
     images, labels = _pixels(images), torch.as_tensor(labels)
     if labels.shape != images.shape[:1] or labels.is_floating_point():
@@ -437,13 +466,13 @@ def _checked(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int |
     device = next((t.device for t in (*model.parameters(), *model.buffers())), images.device)
     return images.to(device), labels.to(device, torch.int64)
 
-# %% ../nbs/01_sensitivity.ipynb #6c6f7be4
+# %% ../nbs/01_sensitivity.ipynb #1f61f61b
 def sensitivity_map(
     model: nn.Module, # takes images in [0, 1] (normalisation inside), gives logits (B, K); left as it was
     images: Tensor, # float in [0, 1] or uint8, (N, C, H, W); moved to the model's device
     labels: Tensor, # whole numbers 0..K-1, (N,)
     *,
-    l2: str | float | Tensor = "amplitude", # the rule, a constant, or a tensor (rows, columns) or (C, rows, columns)
+    l2: str | float | Tensor = "amplitude", # number, or map read at v > 0, and v = 0 with u >= 0; the rest mirrors
     signs: None | int | Signs = None, # None: seeded; 1: all plus; or a function (u, v) -> (images, channels)
     cutoff: int | None = None, # largest frequency; None: all below Nyquist
     clamp: bool = False, # perturbed images back into [0, 1]
@@ -451,7 +480,7 @@ def sensitivity_map(
     batch_size: int | None = None, # images of one forward pass; None: what suits the device
     resume: str | Path | None = None, # file that keeps the counts, to go on after a kill
     progress: str | bool = False, # True or a label: tell how long is left
-    generator: torch.Generator | None = None, # its initial seed decides the signs: equal seeds, equal signs; None: 0
+    generator: torch.Generator | Shard | None = None, # its initial seed decides the signs; None: 0
 ) -> SensitivityMap:
     "Error rate of `model` on `images` for each plane wave (SADA, AAAI 2023; Yin et al. 2019, section 3.2)"
     images, labels = _checked(model, images, labels, batch_size)
@@ -462,9 +491,9 @@ def sensitivity_map(
     source = _sign_source(signs, tuple(images.shape[:2]), generator) # type: ignore[arg-type]
     with frozen(model) as net, torch.no_grad():
         sweep = _Sweep(net, images, labels, half, radii, source, clamp=clamp, precision=precision,
-                       batch_size=batch_size or _default_batch(images))
+                       batch_size=int(batch_size or _default_batch(images)))
         clean = sweep.clean()
-        key = "" if resume is None else _fingerprint(model, sweep)
+        key = "" if resume is None else _fingerprint(model, sweep, clean)
         partial = _Partial(resume, key, (len(half), sweep.classes))
         _run(sweep, partial, progress)
     return _assemble(partial.counts, clean, sweep.totals.cpu(), radii, half, size, window)

@@ -462,11 +462,17 @@ class Broken(nn.Module):
     (dict(images=X*255), "undo the normalisation"), (dict(images=X - .5), "undo the normalisation"),
     (dict(images=X*float("nan")), "range from nan"), (dict(images=X[:0], labels=Y[:0]), "do not fit"),
     (dict(weight=torch.ones(15, 15)), "spectral_weight"), (dict(weight=torch.full((16, 9), float("inf"))), "finite"),
-    (dict(init="normal"), '"dc", "uniform"'), (dict(init=torch.ones(3, 1, 16, 9)), "init has shape"),
+    (dict(init="normal"), '"dc", "uniform"'), (dict(init=torch.ones(3, 1, 16, 9)), r"init has shape [^:]*\.$"),
     (dict(steps=-1), "steps is -1"), (dict(step_size=-.1), "step_size is"), (dict(budget=0), "budget is 0"),
-    (dict(eps=-1), "eps is -1"), (dict(direction="up"), "unknown direction"),
+    (dict(eps=-1), "eps is -1"), (dict(eps=float("inf")), "eps is inf"), (dict(step_size=float("inf")), "finite"),
+    (dict(step_size=float("nan")), "finite"), (dict(steps=2.5), "whole number"), (dict(budget=1.5), "whole number"),
+    (dict(model=lambda x: x), "torch.nn.Module"), (dict(images=X.numpy()), "a tensor .B, C, H, W. is expected"),
+    (dict(weight="guided"), "weight is a str"), (dict(init=3.), "the same factor everywhere"),
+    (dict(weight=torch.ones(1, 1)), "spectral_weight"), (dict(direction="up"), "unknown direction"),
     (dict(normalise="pixel"), "unknown normalise"),
-    (dict(brightness=-1), "brightness is -1"), (dict(brightness=float("nan")), "brightness is nan")])
+    (dict(brightness=-1), "brightness is -1"), (dict(brightness=float("nan")), "brightness is nan"),
+    (dict(brightness=float("inf")), "brightness is inf"), (dict(brightness=torch.ones(3)), "each of the 4 images"),
+    (dict(brightness=torch.tensor([1., 1., -1., 1.])), "brightness is a tensor"), (dict(brightness="high"), "high")])
 def test_one_sentence(change, says):
     call = {"model": Smooth(), "images": X, "labels": Y, **change}
     with pytest.raises(SadalibError, match=says) as error: spectral_attack(**call)
@@ -542,6 +548,108 @@ def test_guidance():
 
 @pytest.mark.parametrize("change", [dict(guidance="gided"), dict(strength="x"), dict(views=0), dict(steps=-1),
                                     dict(init="no"), dict(weight=-1.), dict(warm_up=-1), dict(eps=-.1),
-                                    dict(brightness=-1.)])
+                                    dict(brightness=-1.), dict(brightness=float("inf")), dict(views=1.5),
+                                    dict(steps=2.5), dict(step_size=float("nan"))])
 def test_wrong_settings(change):
     with pytest.raises(SadalibError): SADA(**change)
+
+
+# ---- networks and arguments as people have them
+
+class Viewing(nn.Module):
+    "Flattens with `view`, which channels-last forbids"
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out, self.passes = nn.Conv2d(3, 4, 3), nn.Linear(4*14*14, 4), 0
+
+    def forward(self, x):
+        self.passes += 1
+        x = self.conv(x)
+        return self.out(x.view(len(x), -1))
+
+
+def test_a_network_that_flattens_with_view():
+    net = Viewing()
+    out = spectral_attack(net, X, Y, generator=seeded(0))
+    reshaped = nn.Sequential(net.conv, nn.Flatten(), net.out)
+    off = (out - spectral_attack(reshaped, X, Y, generator=seeded(0))).abs()
+    assert (off > 1e-4).float().mean() < .02
+    with pytest.raises(RuntimeError, match="size of tensor"): # other errors stay what they are
+        spectral_attack(nn.Sequential(nn.Flatten(), Adding()), X, Y)
+
+
+class Adding(nn.Module):
+    def forward(self, x): return x + torch.ones(7)
+
+
+@pytest.mark.parametrize("bad", [dict(brightness=-1), dict(brightness=torch.ones(3)), dict(steps=2.5)])
+def test_wrong_arguments_cost_no_pass(bad):
+    net = Viewing()
+    with pytest.raises(SadalibError): spectral_attack(net, X, Y, **bad)
+    assert net.passes == 0
+
+
+@pytest.mark.parametrize("network,images,result", [
+    (torch.float32, torch.float64, torch.float32), (torch.float64, torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32, torch.float32)])
+def test_floating_types_of_networks_and_images(network, images, result):
+    net = create_model("tinynet", seed=0)
+    x, y = rand(4, 3, 32, 32, generator=seeded(0)), torch.arange(4)
+    usual = spectral_attack(net, x, y, stop=False, init=None, brightness=0)
+    other = spectral_attack(net.to(network), x.to(images), y, stop=False, init=None, brightness=0)
+    assert other.dtype == result
+    assert ((other - usual).abs() > 1e-3).float().mean() < (.02 if network != torch.bfloat16 else 1.)
+
+
+def test_a_centred_map_of_odd_size_is_not_taken_for_a_spectrum():
+    x, error = rand(4, 3, 15, 13, generator=seeded(0)), rand(15, 13, generator=seeded(1))
+    error = (error + error.flip(0, 1))/2
+    with pytest.raises(SadalibError, match="the symmetry of a centred map"):
+        spectral_attack(Smooth(size=(15, 13)), x, Y, weight=1 + error)
+    plain = dict(init=None, brightness=0)
+    placed = spectral_weight(error, 15, 13)
+    full = sada._full(placed, 13)
+    expected = spectral_attack(Smooth(size=(15, 13)), x, Y, weight=placed, **plain)
+    for fine in (full, full.numpy(), placed.numpy(), SensitivityMap(error, error, error[None], .1, error, error[None],
+                                                                   9, (15, 13))):
+        torch.testing.assert_close(spectral_attack(Smooth(size=(15, 13)), x, Y, weight=fine, **plain), expected)
+    spectral_attack(Smooth(size=(15, 13)), x, Y, weight=torch.ones(15, 13)) # symmetric both ways
+
+
+@pytest.mark.parametrize("compat", [False, True])
+def test_a_factor_for_each_channel(compat):
+    factors = torch.tensor([.5, 1., .8]).view(3, 1, 1)
+    out = spectral_attack(Smooth(), X, Y, steps=0, init=factors, brightness=0, compat=compat, normalise="none")
+    torch.testing.assert_close(out, X*factors, rtol=0, atol=1e-5)
+
+
+def test_pixels_past_the_range_by_rounding_are_clamped():
+    x = X.clone()
+    x[0, 0, 0, :2] = torch.tensor([-5e-4, 1 + 5e-4])
+    out = spectral_attack(Smooth(), x, Y, steps=0, init=None, brightness=0)
+    torch.testing.assert_close(out, x.clamp(0, 1), rtol=0, atol=1e-5)
+
+
+def test_a_black_batch_stays_black():
+    for normalise in ("batch", "image", "none"):
+        out = spectral_attack(Smooth(), X*0, Y, normalise=normalise)
+        assert torch.equal(out, X*0)
+
+
+def test_the_epoch_is_state():
+    method, other = SADA(guidance="uniform", warm_up=2), SADA(guidance="uniform", warm_up=2)
+    method.epoch_start(3, 9)
+    assert all(isinstance(x, torch.Tensor) for x in method.state_dict().values())
+    other.load_state_dict(method.state_dict())
+    net, x, y = create_model("tinynet", seed=0).eval(), rand(4, 3, 32, 32, generator=seeded(0)), torch.arange(4)
+    ours, theirs = (m.loss(net, x, y, generator=seeded(0))["total"] for m in (method, other))
+    assert torch.equal(ours, theirs)
+    other.load_state_dict({})
+    assert "attack_fooled" not in other.loss(net, x, y, generator=seeded(0))
+
+
+def test_eight_official_settings_differ_from_the_defaults():
+    ours, theirs = SADA(), SADA.official()
+    assert sum(getattr(ours, name) != getattr(theirs, name) for name in SADA.__dataclass_fields__) == 8
+    assert not theirs.compat and SADA.official(compat=True).compat

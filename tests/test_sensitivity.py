@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sadalib.models import create_model
-from sadalib.runs import SadalibError
+from sadalib.runs import SadalibError, Shard
 from sadalib.sensitivity import (
     SensitivityMap,
     amplitude_rule,
@@ -333,7 +333,9 @@ class Broken(nn.Module):
     ({"images": torch.zeros(8, 3, 32, 32, dtype=torch.int32)}, "expected float in [0, 1] or uint8"),
     ({"images": np.zeros((8, 3, 32, 32))}, "expected a tensor"),
     ({"images": torch.rand(8, 1, 32, 32)}, "this model takes"),
-    ({"cutoff": 0}, "expected None or a whole number"),
+    ({"cutoff": -1}, "expected None or a whole number"),
+    ({"cutoff": True}, "expected None or a whole number"),
+    ({"generator": 7}, "expected a torch.Generator"),
     ({"cutoff": 2.5}, "expected None or a whole number"),
     ({"l2": -1.}, "negative or non-finite"),
     ({"l2": float("nan")}, "negative or non-finite"),
@@ -436,7 +438,7 @@ def test_stopped_anywhere_and_resumed_equals_uninterrupted(tmp_path):
     handle = net.register_forward_hook(lambda *_: calls.append(1))
     sensitivity_map(net, images, labels, resume=tmp_path/"map.safetensors", **options)
     handle.remove()
-    assert len(calls) <= 6 # a finished map is only checked: the clean images, no wave
+    assert len(calls) <= 10 # a finished map is only checked: the clean images and some predictions, no wave
     for change in ({"l2": 6.}, {"clamp": True}, {"generator": torch.Generator().manual_seed(5)}):
         with pytest.raises(SadalibError, match="holds another map"):
             sensitivity_map(net, images, labels, resume=tmp_path/"map.safetensors", **{**options, **change})
@@ -499,3 +501,57 @@ def test_map_run_is_shared_resumed_and_bounded(tmp_path):
     assert rows["map_mean"] == pytest.approx(load_map(run).error.mean().item(), abs=1e-6)
     assert not list(run.folder.glob("partial*"))
     with pytest.raises(SadalibError, match="ask for fewer"): require(MapConfig(trained, n=10**6), root=tmp_path)
+
+
+class Scaled(nn.Module):
+    "A network whose printed form and weights do not tell what it does"
+    def __init__(self, net, offset):
+        super().__init__()
+        self.net, self.offset = net, [offset]
+
+    def forward(self, x): return self.net(x) + self.offset[0]
+
+
+def test_a_resumed_map_belongs_to_a_network_that_behaves_so(tmp_path):
+    net, images, labels = small_case(n=50)
+    options = {"l2": 5., "cutoff": 1, "resume": tmp_path/"map.safetensors"}
+    sensitivity_map(Scaled(net, 0.), images, labels, **options)
+    sensitivity_map(Scaled(net, 0.), images, labels, batch_size=7, **options)
+    other = torch.zeros(10).index_fill_(0, torch.tensor([3]), 1e3)
+    with pytest.raises(SadalibError, match="holds another map"):
+        sensitivity_map(Scaled(net, other), images, labels, **options)
+
+
+def test_numpy_whole_numbers_are_whole_numbers():
+    net, images, labels = small_case(n=20)
+    assert torch.equal(fourier_basis(*np.array([3, -2, 9, 8])), fourier_basis(3, -2, 9, 8))
+    ones = sensitivity_map(net, images, labels, l2=4., cutoff=np.int64(2), batch_size=np.int32(8), signs=np.int64(1))
+    assert torch.equal(ones.error, sensitivity_map(net, images, labels, l2=4., cutoff=2, signs=1).error)
+    with pytest.raises(SadalibError): fourier_basis(True, 0, 8, 8)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_networks_of_other_floating_types(kind):
+    net, images, labels = small_case(n=40)
+    usual = sensitivity_map(net, images, labels, l2=6., cutoff=2)
+    other = sensitivity_map(net.to(kind), images, labels, l2=6., cutoff=2)
+    assert (usual.error - other.error).abs().max() < (.03 if kind == torch.float64 else .3)
+
+
+def test_a_window_of_zero_holds_the_constant_wave():
+    net, images, labels = small_case(n=40)
+    for options in ({}, {"l2": 6.}, {"l2": torch.ones(1, 1)}):
+        m = sensitivity_map(net, images, labels, cutoff=0, **options)
+        assert m.error.shape == (1, 1) and m.radii.shape == (3, 1, 1) and len(m.radial()) == 1
+    middle = sensitivity_map(net, images, labels, cutoff=2)
+    assert sensitivity_map(net, images, labels, cutoff=0).error.item() == middle.error[2, 2].item()
+
+
+def test_parts_of_a_set_draw_their_rows_of_the_signs():
+    net, images, labels = small_case(n=40)
+    def wrong(rows, generator):
+        m = sensitivity_map(net, images[rows], labels[rows], l2=6., cutoff=2, generator=generator)
+        return m.error.double()*m.count
+    draws = torch.Generator().manual_seed(3)
+    parts = [wrong(slice(a, b), Shard(draws, a, b, 40)) for a, b in ((0, 15), (15, 40))]
+    torch.testing.assert_close(sum(parts), wrong(slice(None), draws), rtol=0, atol=1e-4)

@@ -493,3 +493,12 @@ def test_published_averages_are_means_of_groups():
 def test_corruption_table_refuses(accuracy, severities, words):
     with pytest.raises(SadalibError, match=words):
         corruption_table(accuracy, severities=severities)
+
+
+def test_pixels_past_the_range_by_rounding_are_clamped():
+    model, images = linear(12), IMAGES.clone()
+    images[0, 0, 0] = torch.tensor([-5e-4, 1 + 5e-4])
+    assert torch.equal(pgd_attack(model, images, LABELS, eps=0.), images.clamp(0, 1))
+    attacked = pgd_attack(model, images, LABELS, eps=.1, generator=draws())
+    assert torch.equal(attacked, pgd_attack(model, images.clamp(0, 1), LABELS, eps=.1, generator=draws()))
+    with pytest.raises(SadalibError, match="give them in"): pgd_attack(model, images + .002, LABELS)
