@@ -34,7 +34,7 @@ def resolve_profile(
     if os.environ.get("IN_TEST"): return "smoke"
     return "paper" if torch.cuda.is_available() else "small"
 
-# %% ../nbs/00i_recipes.ipynb #e152f829
+# %% ../nbs/00i_recipes.ipynb #8a47707f
 _SGD = Recipe(batch_size=64, lr=.02, warmup=50, augment="noise")
 BASE: dict[tuple[str, str], dict[str, Any]] = {
     ("digits", "smoke"): dict(model="digitnet", train_images=600, threads=1, n=50, cutoff=6,
@@ -49,7 +49,7 @@ BASE: dict[tuple[str, str], dict[str, Any]] = {
                              recipe=replace(_SGD, epochs=50, batch_size=256, lr=.01, schedule="step", warmup=0)),
     ("pacs", "smoke"): dict(model="resnet18", size=32, train_images=200, valid_images=50, threads=1, n=16, cutoff=2,
                             recipe=replace(_SGD, epochs=1, batch_size=32, warmup=0, augment="crop_flip"), tune=1),
-    ("pacs", "small"): dict(model="resnet18", size=64, train_images=1500, n=100, cutoff=8, valid_images=200,
+    ("pacs", "small"): dict(model="resnet18", size=64, train_images=1499, n=100, cutoff=8, valid_images=200,
                             recipe=replace(_SGD, epochs=12, batch_size=32, lr=.01, augment="crop_flip"), tune=2),
     ("pacs", "paper"): dict(model="resnet18", size=224, n=1000, cutoff=31, weights="imagenet", views=3,
                             recipe=replace(_SGD, epochs=60, batch_size=32, optimizer="adam", lr=1e-4, warmup=0,
