@@ -108,7 +108,7 @@ def _train_pass(model: nn.Module, loss: Tensor) -> None:
     for p in model.parameters(): p.grad = None
     loss.backward()
 
-# %% ../nbs/13_benchmarks.ipynb #cbab04b0
+# %% ../nbs/13_benchmarks.ipynb #602a6dd6
 def _attack_work(batch: int) -> dict[str, Callable]:
     "What is timed for SADA, by name"
     model = create_model("digitnet", seed=0).to(memory_format=torch.channels_last)
@@ -118,7 +118,8 @@ def _attack_work(batch: int) -> dict[str, Callable]:
     plain, rows = create_model("digitnet", seed=0), images.contiguous()
     def forward(net, x):
         with frozen(net) as still, torch.no_grad(): still(x)
-    return {"forward": lambda: forward(model, images), "plain": lambda: forward(plain, rows), "input gradient": lambda: input_gradient(model, images, labels),
+    return {"forward": lambda: forward(model, images), "plain": lambda: forward(plain, rows),
+            "input gradient": lambda: input_gradient(model, images, labels),
             "attack": lambda: spectral_attack(model, images, labels, stop=False, generator=seeded(0)),
             "compat": lambda: spectral_attack(model, images, labels, stop=False, compat=True, generator=seeded(0)),
             "double": lambda: _train_pass(model, F.cross_entropy(model(twice), labels.repeat(2))),

@@ -159,7 +159,9 @@ def erm_config(
     return TrainConfig(method=ERM(), data=source, targets=unseen, seed=parameters.seed,
                        recipe=replace(row["recipe"], epochs=epochs), **kept)
 
-# %% ../nbs/00i_recipes.ipynb #27c9435e
+# %% ../nbs/00i_recipes.ipynb #7828fb29
+_VALID = {"digits": 147, "mnist": 5000, "pacs": 171, "cifar10": 5000} # images held out for validation, at least
+
 def map_config(
     parameters, # TrainParameters or MapParameters
     trained: TrainConfig | None = None, # whose network is measured; None: the ERM run
@@ -167,12 +169,11 @@ def map_config(
     "The sensitivity map that belongs to `parameters`, on the source's test split"
     row, trained = _row(parameters), trained or erm_config(parameters)
     kept = {"n": _first(parameters.map_images, row["n"]), "cutoff": _first(parameters.map_cutoff, row["cutoff"])}
+    if parameters.dataset == "pacs": kept |= {"split": "valid", "n": min(kept["n"], _VALID["pacs"])} # `test` is all of it
     return MapConfig(model_run=trained, domain=trained.data, **kept, seed=parameters.seed, threads=row["threads"],
                      l2=getattr(parameters, "l2", "amplitude"), precision=row["recipe"].precision)
 
-# %% ../nbs/00i_recipes.ipynb #3a9d373b
-_VALID = {"digits": 147, "mnist": 5000, "pacs": 171, "cifar10": 5000} # images held out for validation, at least
-
+# %% ../nbs/00i_recipes.ipynb #9cc12f9c
 def guide_config(
     p, # TrainParameters
 ) -> MapConfig:

@@ -485,14 +485,15 @@ def _build(config: TrainConfig, classes: int, root: Path) -> nn.Module:
     if config.init is not None: model.load_state_dict(load_model(require(config.init, root=root)).state_dict())
     return model
 
-# %% ../nbs/00d_training.ipynb #1793068b
+# %% ../nbs/00d_training.ipynb #cbaff5bf
 def evaluation_sets(
     config: TrainConfig,
 ) -> tuple[list[ImageSet], list[str]]: # the sets, and the names of those that are not prepared
-    "The source's test split and every target of `config` that is at hand"
+    "Images of the source that were not trained on, and every target of `config` that is at hand"
     there = available(config.targets)
-    names = [config.data, *(t for t in config.targets if t in there)]
-    return [_load(config, name, "test") for name in names], [t for t in config.targets if t not in there]
+    source = "valid" if config.data.startswith("pacs/") else "test" # PACS: `test` is the whole domain
+    sets = [_load(config, config.data, source), *(_load(config, t, "test") for t in config.targets if t in there)]
+    return sets, [t for t in config.targets if t not in there]
 
 # %% ../nbs/00d_training.ipynb #8e6d5424
 def _measure(run: Run, loop: Loop, sets: list[ImageSet]) -> list[dict]:
