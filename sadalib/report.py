@@ -260,9 +260,12 @@ def _render(fig: Any, kind: str) -> bytes:
         fig.savefig(out, format=kind, dpi=120, bbox_inches="tight", pad_inches=.06, metadata=about)
     return out.getvalue()
 
-# %% ../nbs/00f_report.ipynb #904b4d88
+# %% ../nbs/00f_report.ipynb #e69eaa16
 def _save(folder: Path, name: str, files: dict[str, bytes], records: list[dict], **about: Any) -> Saved:
     "Write `files` with their provenance, and the results behind them"
+    kind = _read_json(folder/f"{name}.json").get("kind", about["kind"])
+    if kind != about["kind"]:
+        raise SadalibError(f"{folder.name}/{name} is a {kind} already: give the {about['kind']} another name.")
     behind = [_keep_result(folder.parent, data) for data in records]
     import matplotlib, pandas
     made = {"sadalib": sadalib.__version__, "matplotlib": matplotlib.__version__, "pandas": pandas.__version__}

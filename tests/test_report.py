@@ -240,3 +240,10 @@ def test_claims_written_at_once_are_all_kept(saved):
     for t in threads:
         t.join()
     assert len(json.loads((saved.root / "sada" / "claims.json").read_text())["claims"]) == 12
+
+
+def test_a_picture_does_not_take_a_tables_name(saved):
+    frame = pd.DataFrame({"x": [1]})
+    save_table(frame, "sada", "mine", runs=saved.runs, profile="small", notebook="n", root=saved.root)
+    with pytest.raises(SadalibError, match="is a table already"): saved("mine")
+    assert check_figures(saved.root) == []
