@@ -22,12 +22,12 @@ if [ -z "$uv" ] && ! "$python" -c 'import ensurepip, venv' >/dev/null 2>&1; then
 fi
 free=$(df -Pk . | awk 'NR == 2 { print int($4 / 1048576) }')
 if [ "$free" -lt 12 ]; then
-    echo "the environment takes about 8 GB (12 GB while it is being made) and this disk has $free GB free: free some space and run again." >&2
+    echo "the environment takes about 7 GB (12 GB while it is being made) and this disk has $free GB free: free some space and run again." >&2
     exit 1
 fi
 
-echo "Making .venv with $("$python" --version) and the packages of requirements.lock: about 3.5 GB to download"
-echo "(PyTorch with its CUDA libraries is most of it), 8 GB on disk; on a fast line 1 minute with uv, 3 to 5 with pip."
+echo "Making .venv with $("$python" --version) and the packages of requirements.lock: several GB to download"
+echo "(PyTorch with its CUDA libraries is most of it), 7 GB on disk; on a fast line 1 to 2 minutes with uv, 2 to 5 with pip."
 rm -f "$stamp"
 if [ -n "$uv" ]; then
     uv venv -q --allow-existing --python "$python" .venv
