@@ -88,13 +88,14 @@ class AugMix(Method):
         views = [augmix(images, **options, generator=generator) for _ in range(self.views)] # type: ignore[arg-type]
         return consistency_loss(model, [images, *views], labels, weight=self.weight)
 
-# %% ../nbs/00e_baselines.ipynb #73e5509e
+# %% ../nbs/00e_baselines.ipynb #54daaff9
 def _filter_rows(inner: Tensor, taps: Tensor, size: int) -> Tensor:
     "Convolve each row of `inner` (n, C, H, W) with the central `size` x `size` of its own `taps` (n, C, C, k, k)"
     n, channels = inner.shape[:2]
     edge = (taps.shape[-1] - size)//2
     kernel = taps[..., edge:edge + size, edge:edge + size]/(size*math.sqrt(channels))
-    grouped = F.conv2d(inner.flatten(0, 1).unsqueeze(0), kernel.flatten(0, 1), padding=size//2, groups=n)
+    with torch.autocast(inner.device.type, enabled=False): # images keep float32 where the network computes in bf16
+        grouped = F.conv2d(inner.flatten(0, 1).unsqueeze(0), kernel.flatten(0, 1), padding=size//2, groups=n)
     return grouped.view_as(inner)
 
 def _check_filter(images: Tensor, kernel_sizes: Sequence[int], identity_prob: float) -> None:

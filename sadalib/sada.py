@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'ROUNDING', 'CPU_ROWS', 'GUIDANCE', 'RELEASED', 'amplitude_phase', 'from_amplitude', 'spectral_weight',
-           'shuffled_map', 'AttackInfo', 'spectral_attack', 'attacked_views', 'SADA', 'jsd_loss']
+           'shuffled_map', 'AttackInfo', 'spectral_attack', 'attacked_views', 'SADA', 'EqualNoise', 'jsd_loss']
 
-# %% ../nbs/03_sada.ipynb #8142a01e
+# %% ../nbs/03_sada.ipynb #45c58157
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from .augmix import augmix
-from .baselines import consistency_loss, jsd_loss
+from .baselines import consistency_loss, jsd_loss, spectral_noise
 from .models import frozen
 from .runs import SadalibError, Shard, did_you_mean, rand, seeded
 from .sensitivity import MapConfig, SensitivityMap, _dtype, _whole, load_map
@@ -488,7 +488,7 @@ def _not_fetched(config) -> None:
     "Says that nobody called prepare"
     raise SadalibError("SADA's map has not been fetched: call prepare(require) or use_map(map) before loss.")
 
-# %% ../nbs/03_sada.ipynb #65637c2c
+# %% ../nbs/03_sada.ipynb #26eeaafb
 def attacked_views(
     method: "SADA",
     model: nn.Module, # comes back as it was
@@ -506,7 +506,7 @@ def attacked_views(
     rows, info = spectral_attack( # type: ignore[misc]
         model, rows, labels.repeat_interleave(method.views), steps=method.steps, step_size=method.step_size,
         weight=method.placed(*images.shape[-2:]), init=method.init, brightness=method.brightness, stop=method.stop,
-        eps=method.eps, compat=method.compat, return_info=True, generator=generator)
+        eps=method.eps, normalise=method.normalise, compat=method.compat, return_info=True, generator=generator)
     return rows.unflatten(0, (len(images), method.views)), info
 
 # %% ../nbs/03_sada.ipynb #500395cc
@@ -514,7 +514,7 @@ def _one_by_one(model: nn.Module, parts: int) -> Callable[[Tensor], Tensor]:
     "`model`, called on each of `parts` equal parts of a batch"
     return lambda images: torch.cat([model(part) for part in images.chunk(parts)])
 
-# %% ../nbs/03_sada.ipynb #db72d581
+# %% ../nbs/03_sada.ipynb #84d09fcc
 @dataclass(kw_only=True)
 class SADA(_Guided):
     "Cross-entropy on clean images, consistency with views whose amplitude spectrum is attacked (SADA, AAAI 2023)"
@@ -533,6 +533,7 @@ class SADA(_Guided):
     augmix_severity: float = 3. # largest strength of an operation
     augmix_all_ops: bool = False # also color, contrast, brightness, sharpness
     joint: bool = True # one forward pass for all views; False: one each, as released (BatchNorm sees them apart)
+    normalise: str | None = None # "image" | "batch" | "none"; None: "batch" under `compat`, else "image"
     compat: bool = False # attack as released
 
     def __post_init__(self) -> None:
@@ -542,7 +543,7 @@ class SADA(_Guided):
             _at_least(name, getattr(self, name), least, whole=name in ("views", "warm_up"))
         if self.init not in ("dc", "uniform", None):
             raise SadalibError(f'init is {self.init!r}, but "dc", "uniform" or None is expected.')
-        _Rule(self.steps, self.step_size, "neg", self.stop, 1, True, True, "image", self.eps, self.compat)
+        _Rule(self.steps, self.step_size, "neg", self.stop, 1, True, True, self.normalise or "image", self.eps, self.compat)
 
     @classmethod
     def official(
@@ -562,19 +563,53 @@ class SADA(_Guided):
         "Take back what `state_dict` gave"
         self._epoch = int(state.get("epoch", 0))
 
+    def views_of(self, model: nn.Module, images: Tensor, labels: Tensor, attack: bool,
+                 generator: torch.Generator | Shard | None) -> tuple[Tensor, AttackInfo | None]:
+        "The views (B, views, C, H, W) to train on, attacked if `attack`, and what the attack did"
+        return attacked_views(self, model, images, labels, attack=attack, generator=generator)
+
     def loss(self, model: nn.Module, images: Tensor, labels: Tensor, *,
              generator: torch.Generator | Shard | None = None) -> dict[str, Tensor]:
         "Cross-entropy and consistency of `model` on `images` and their attacked views"
         warm = self._epoch < self.warm_up
-        views, info = attacked_views(self, model, images, labels, attack=not warm, generator=generator)
+        views, info = self.views_of(model, images, labels, not warm, generator)
         parts = [images] if warm and not self.augmix else [images, *views.unbind(1)]
         called = model if self.joint else _one_by_one(model, len(parts))
         weight = self.warm_up_weight if warm else self.weight
         terms = consistency_loss(called, parts, labels, weight=weight) # type: ignore[arg-type]
+        if not warm: terms["attack_norm"] = _distance(views, images).mean() # mean L2 distance of a view from its image
         if info is None: return terms
         fooled, passes = info.fooled.float().mean(), images.new_tensor(sum(info.entered))
         return {**terms, "attack_fooled": fooled, "attack_passes": passes}
 
+# %% ../nbs/03_sada.ipynb #a53cee3d
+def _distance(views: Tensor, images: Tensor) -> Tensor: # (B, views)
+    "L2 distance of each of `views` (B, views, C, H, W) from its image"
+    return (views - images.unsqueeze(1)).detach().flatten(2).norm(dim=2)
+
 # %% ../nbs/03_sada.ipynb #aa808244
 RELEASED = dict(strength="published", views=3, weight=.025, warm_up=6, warm_up_weight=10., augmix=True,
                 augmix_severity=2., augmix_all_ops=True, joint=False)
+
+# %% ../nbs/03_sada.ipynb #400e04bc
+@dataclass(kw_only=True)
+class EqualNoise(SADA):
+    "SADA's control: random directions in place of adversarial ones, each view as far from its image as the attack goes"
+    name: ClassVar[str] = "equal_noise"
+    guidance: str = "uniform"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.augmix or self.init == "uniform":
+            raise SadalibError("EqualNoise starts from copies of the images: leave `augmix` out, and choose init "
+                               '"dc" or None.')
+
+    def views_of(self, model: nn.Module, images: Tensor, labels: Tensor, attack: bool,
+                 generator: torch.Generator | Shard | None) -> tuple[Tensor, AttackInfo | None]:
+        "Views (B, views, C, H, W) of equal distance, and None in place of what an attack did"
+        views, info = super().views_of(model, images, labels, attack, generator)
+        if info is None: return views, None
+        rows, distance = images.repeat_interleave(self.views, 0), _distance(views, images).flatten()
+        noisy = spectral_noise(rows, norm=distance, steps=self.steps, step_size=self.step_size, init=self.init,
+                               brightness=self.brightness, generator=generator)
+        return noisy.unflatten(0, (len(images), self.views)), None

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['AUGMENTATIONS', 'Method', 'jitter_noise', 'crop_and_flip', 'Recipe', 'learning_rate', 'predict', 'Evaluation',
            'evaluate', 'selected_epoch', 'Team', 'team', 'Loop', 'batch_at', 'take_step', 'save_checkpoint', 'resume',
-           'end_epoch', 'fit', 'TrainConfig', 'training_data', 'load_model', 'evaluation_sets', 'train']
+           'end_epoch', 'fit', 'TrainConfig', 'training_data', 'load_model', 'evaluation_sets', 'train', 'EvalConfig',
+           'evaluate_run', 'evaluated']
 
-# %% ../nbs/00d_training.ipynb #d0bbaafa
+# %% ../nbs/00d_training.ipynb #fa79bc16
 import contextlib, math, os, time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ from torch.nn import functional as F
 from .data import ImageSet, available, load
 from .models import create_model
 from .runs import (Log, Progress, Run, SadalibError, Shard, computes, cpu_threads, did_you_mean, finish,
-                          load_tensors, open_run, rand, randint, randn, require, save_tensors, seeded)
+                          load_tensors, open_run, rand, randint, randn, record, require, save_tensors, seeded)
 
 # %% ../nbs/00d_training.ipynb #766cc8e9
 class Method:
@@ -565,3 +566,39 @@ def train(
                 sums = {f"{s.name}/{s.split}": s.checksum for s in [data, *([valid] if valid else []), *sets]}
                 finish(run, rows, method=method.name, seed=config.seed, datasets=sums, missing=missing)
             loop.team.wait()
+
+# %% ../nbs/00d_training.ipynb #55d609be
+@dataclass(frozen=True)
+class EvalConfig:
+    "One finished training, evaluated on one more data set"
+    experiment: ClassVar[str] = "evaluate"
+    trained: TrainConfig
+    data: str # as `load` names it
+    split: str = "test"
+
+# %% ../nbs/00d_training.ipynb #97dfe515
+@computes(EvalConfig)
+def evaluate_run(
+    run: Run, # of an `EvalConfig`
+    *,
+    device: str | None = None, # None: a GPU where there is one
+) -> None:
+    "Evaluate the last and the selected weights of a finished training on another data set; writes the result of `run`"
+    config, root = run.config.trained, run.folder.parent.parent
+    data, trained = _load(config, run.config.data, run.config.split), require(config, root=root)
+    device, rows = device or ("cuda" if torch.cuda.is_available() else "cpu"), []
+    epochs = {m["rule"]: m["epoch"] for m in record(trained)["metrics"]}
+    with cpu_threads(config.threads), open_run(run, device):
+        for rule, epoch in epochs.items():
+            model = load_model(trained, "selected" if rule == "valid" else "last", device=device)
+            rows.append(evaluate(model, data, precision=config.recipe.precision).row(rule=rule, epoch=epoch))
+        finish(run, rows, method=config.method.name, seed=config.seed, datasets={f"{data.name}/{data.split}": data.checksum})
+
+# %% ../nbs/00d_training.ipynb #0fb8a288
+def evaluated(
+    run: Run, # a finished training
+    extra: Iterable[str] = (), # data sets beside its targets
+) -> list[Run]: # `run` first
+    "`run` and its evaluations on targets that were prepared after it had finished, and on `extra`"
+    names = [*available(record(run)["missing"]), *extra]
+    return [run, *(require(EvalConfig(run.config, name), root=run.folder.parent.parent) for name in names)]
