@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from sadalib.runs import Run
 
-# %% ../nbs/03a_sada_study.ipynb #8484450a
+# %% ../nbs/03a_sada_study.ipynb #4c5a57f8
 CANDIDATES: dict[str, dict[str, dict[str, Any]]] = { # by method: the setting's name, what it changes
     "sada": {"step_size 0.04": {"step_size": .04}, "step_size 0.08": {}, "step_size 0.16": {"step_size": .16},
              "weight 0.025": {"weight": .025}, "weight 1": {"weight": 1.}},
@@ -39,7 +39,7 @@ CANDIDATES: dict[str, dict[str, dict[str, Any]]] = { # by method: the setting's 
     "randconv": {"mixed, weight 10": {}, "mixed, weight 1": {"weight": 1.},
                  "unmixed, weight 10": {"mix": False, "identity_prob": .5},
                  "unmixed, weight 1": {"mix": False, "identity_prob": .5, "weight": 1.}}}
-CHOSEN = {"sada": "step_size 0.08", "augmix": "severity 3, weight 12", "randconv": "mixed, weight 10"}
+CHOSEN = {"sada": "step_size 0.04", "augmix": "severity 3, weight 12", "randconv": "mixed, weight 10"}
 
 def chosen(
     method: str, # sada | augmix | randconv

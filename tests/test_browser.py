@@ -198,3 +198,65 @@ def test_explorer_in_jupyterlab(page: Page, tmp_path: Path):
         shutil.copy(tmp_path / "explore.png", os.environ["SADALIB_SCREENSHOT"])
     print(f"\n{frames} pictures in a drag of {moved:.1f} s, the last {settled:.1f} s after it; {turned}")
     assert not page.complaints
+
+
+SADA_CELLS = [CELLS[0].replace("FrequencyExplorer, FrequencyProbe", "FrequencyProbe") + """\
+from sadalib.explore_sada import SadaExplorer, SadaProbe
+""", """\
+explorer = SadaExplorer(SadaProbe(model, test, map=found))
+explorer
+"""]
+
+
+@pytest.fixture
+def sada_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Page:
+    "As `page`, with SADA's explorer in the notebook"
+    monkeypatch.setattr(sys.modules[__name__], "CELLS", SADA_CELLS)
+    return request.getfixturevalue("page")
+
+
+def test_sada_explorer_in_jupyterlab(sada_page: Page, tmp_path: Path):
+    page = sada_page
+    canvas, picture = page.locator(".sadalib-picker canvas"), page.locator("img.widget-image")
+    failed = page.locator(".jp-OutputArea [data-mime-type='application/vnd.jupyter.error']")
+    canvas.or_(failed).first.wait_for(timeout=150_000)  # imports and a short training on a busy machine
+    assert not failed.count(), failed.all_inner_texts()
+    canvas.scroll_into_view_if_needed()
+    line = page.locator(".widget-html [role=status]")
+    expect(line).to_contain_text("5 guided steps of 0.08", timeout=60_000)
+
+    def moved(words: str, act) -> str:
+        "What the explorer says once `act` has changed its picture and its line has `words`"
+        image = picture.get_attribute("src")
+        act()
+        expect(line).to_contain_text(words, timeout=60_000)
+        expect(picture).not_to_have_attribute("src", image, timeout=60_000)
+        return line.inner_text()
+
+    def press(slider: int, key: str):
+        page.get_by_role("slider").nth(slider).focus()
+        page.keyboard.press(key)
+
+    moved("4 guided steps of 0.08", lambda: press(0, "ArrowLeft"))
+    moved("4 guided steps of 0.09", lambda: press(1, "ArrowRight"))
+    moved("4 shuffled steps", lambda: page.get_by_role("button", name="shuffled").click())
+    guided = moved("4 guided steps", lambda: page.get_by_role("button", name="guided").click())
+    moved("4 uniform steps", lambda: page.get_by_role("button", name="uniform").first.click())
+    moved("weight 1.00", lambda: page.get_by_role("button", name="none").click())
+    image = picture.get_attribute("src")
+    press(2, "ArrowRight")
+    expect(picture).not_to_have_attribute("src", image)
+    moved("u = 3, v = −2: weight 1.00", lambda: page.mouse.click(*cell(page, 3, -2, reach=15)))
+    expect(page.locator(".sadalib-says")).to_contain_text("u = 3, v = −2: weight of the step 1.00")
+
+    page.get_by_role("slider").nth(0).focus()
+    for _ in range(12):  # faster than it can answer: the last one counts
+        page.keyboard.press("ArrowRight")
+    expect(line).to_contain_text("10 uniform steps of 0.09", timeout=60_000)
+
+    page.locator(".jp-OutputArea-output", has=canvas).screenshot(path=tmp_path / "explore_sada.png")
+    assert (tmp_path / "explore_sada.png").stat().st_size > 20_000
+    if os.environ.get("SADALIB_SADA_SCREENSHOT"):
+        shutil.copy(tmp_path / "explore_sada.png", os.environ["SADALIB_SADA_SCREENSHOT"])
+    print(f"\n{guided}\n{line.inner_text()}")
+    assert not page.complaints
