@@ -210,6 +210,12 @@ def test_embedded_digits_never_share_a_table_with_public_data(saved, tmp_path):
         save_table({"a": [1]}, "sada", "t", runs=[*saved.runs, other], profile="small", notebook="n", root=saved.root)
 
 
+def test_a_declared_mixture_says_so(saved, tmp_path):
+    other = toy(tmp_path / "runs", 5, data="mnist/test")
+    made = save_table({"a": [1]}, "sada", "t", runs=[*saved.runs, other], profile="small", notebook="n", root=saved.root, mixed=True)
+    assert "not public data sets" in made["md"].read_text()
+
+
 def test_tables_escape_and_keep_missing_values_apart(saved):
     rows = {"method": ["<b>|x", "SADA"], "acc": [1 / 3, float("nan")], "n": [3, 4], "source": ["Table 1, a|b", None]}
     made = save_table(rows, "sada", "t", runs=saved.runs, profile="small", notebook="n", root=saved.root)
