@@ -224,8 +224,8 @@ def check_effect(
             raise SadalibError(f"parameter `{name}` has no effect with method {p.method}, protocol {p.protocol}, guidance "
                                f"{p.guidance}: leave it out.")
 
-# %% ../nbs/00i_recipes.ipynb #e78fb9f4
-_UNNAMED = ("dataset", "source", "method", "methods", "guidance", "profile", "save", "force")
+# %% ../nbs/00i_recipes.ipynb #5745cae5
+_UNNAMED = ("dataset", "source", "sources", "method", "methods", "guidance", "processes", "profile", "save", "force")
 
 def figure_name(
     parameters, # a parameter dataclass
