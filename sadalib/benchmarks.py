@@ -6,10 +6,11 @@
 __all__ = ['interleaved', 'ratio', 'frequency_loop', 'bare_forwards', 'map_costs', 'input_gradient', 'attack_costs', 'stop_costs',
            'wall_clock', 'throughput_costs', 'BenchmarkConfig', 'measure_costs']
 
-# %% ../nbs/13_benchmarks.ipynb #41beb733
+# %% ../nbs/13_benchmarks.ipynb #4172364a
 import copy, statistics, time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -145,7 +146,7 @@ def attack_costs(
             "SADA step / ERM step": ratio(t["sada"], t["erm"])}
     return [{"metric": name, **row, "n": rounds} for name, row in rows.items()]
 
-# %% ../nbs/13_benchmarks.ipynb #0b6209cf
+# %% ../nbs/13_benchmarks.ipynb #60dd9778
 def stop_costs(
     batch: int, # images
     rounds: int,
@@ -153,16 +154,19 @@ def stop_costs(
     "What early stop and compaction save in SADA's attack on a trained DigitNet, and whether they change the result"
     data = load("digits", "test", limit=batch)
     net = fit(create_model("digitnet", seed=0), load("digits", "train"), ERM(), Recipe(epochs=4, warmup=10), progress=False).model
-    net, images, weight = net.cpu(), data.floats(), torch.full((32, 17), 2.) # 2: the largest factor of a map
-    def attack(model=net, x=images, **how):
-        return spectral_attack(model, x, data.labels, weight=weight, return_info=True, generator=seeded(0), **how)
-    times = interleaved({"compact": attack, "whole": lambda: attack(compact=False), "all": lambda: attack(stop=False)}, rounds)
+    net, images = net.cpu(), data.floats()
+    def attack(size, model=net, x=images, **how):
+        return spectral_attack(model, x, data.labels, step_size=size, return_info=True, generator=seeded(0), **how)
     exact, precise = copy.deepcopy(net).double(), images.double()
-    (a, info), (b, _) = (attack(exact, precise, compact=c) for c in (True, False))
-    rows = {"early stop, compacted / every step": ratio(times["compact"], times["all"]),
-            "early stop, not compacted / every step": ratio(times["whole"], times["all"])}
-    plain = {"steps that an image takes, of 5": sum(info.entered), "images fooled": info.fooled.double().mean().item(),
-             "compacted - not, largest pixel difference, float64": (a - b).abs().max().item()}
+    rows, plain = {}, {}
+    for size in (.04, .08, .16): # .16: the released step where a map says 1
+        times = interleaved({"compact": lambda s=size: attack(s), "whole": lambda s=size: attack(s, compact=False),
+                             "all": lambda s=size: attack(s, stop=False)}, rounds)
+        (a, info), (b, _) = (attack(size, exact, precise, compact=c) for c in (True, False))
+        rows[f"early stop, compacted / every step, step {size}"] = ratio(times["compact"], times["all"])
+        rows[f"early stop, not compacted / every step, step {size}"] = ratio(times["whole"], times["all"])
+        plain[f"steps that an image takes, of 5, step {size}"] = sum(info.entered)
+        plain[f"compacted - not, largest pixel difference, float64, step {size}"] = (a - b).abs().max().item()
     return [*({"metric": name, **row, "n": rounds} for name, row in rows.items()),
             *({"metric": name, "value": value, "low": value, "high": value, "n": len(data)} for name, value in plain.items())]
 
@@ -203,7 +207,7 @@ def throughput_costs(
     rows[f"attack in bare passes, wall clock, bf16, {name}"] = ratio(times["attack"], times["bare"], waves)
     return [{"metric": what, **row, "n": rounds} for what, row in rows.items()]
 
-# %% ../nbs/13_benchmarks.ipynb #1232307d
+# %% ../nbs/13_benchmarks.ipynb #4adb9978
 @dataclass(frozen=True)
 class BenchmarkConfig:
     "One set of cost ratios"
@@ -212,8 +216,9 @@ class BenchmarkConfig:
     n: int = 256 # images
     rounds: int = 7
     threads: int = 2
+    device: str = "cpu" # of the throughput: cpu | cuda
 
-# %% ../nbs/13_benchmarks.ipynb #830b5143
+# %% ../nbs/13_benchmarks.ipynb #86dfeac2
 @computes(BenchmarkConfig)
 def measure_costs(
     run: Run, # of a `BenchmarkConfig`
@@ -223,4 +228,6 @@ def measure_costs(
     config = run.config
     if config.subject not in subjects:
         raise SadalibError(f"unknown benchmark `{config.subject}`{did_you_mean(config.subject, subjects)}")
-    with cpu_threads(config.threads), open_run(run): finish(run, subjects[config.subject](config.n, config.rounds))
+    if config.subject == "throughput": subjects["throughput"] = partial(throughput_costs, device=config.device)
+    with cpu_threads(config.threads), open_run(run, config.device):
+        finish(run, subjects[config.subject](config.n, config.rounds))

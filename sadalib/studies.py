@@ -47,10 +47,15 @@ def processes_here(
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // threads)
 
-# %% ../nbs/00k_studies.ipynb #71b23c56
-def _work(config, root: str | None) -> str:
-    "Compute the run of `config` in a worker; returns its id"
-    return require(config, root=root).id
+# %% ../nbs/00k_studies.ipynb #17ab20e2
+def _work(config, root: str | None, patience: float = 5.) -> str: # the run's id
+    "Compute the run of `config` in a worker; waits a little for the lock that a killed worker is about to free"
+    until = time.monotonic() + patience
+    while True:
+        try: return require(config, root=root).id
+        except SadalibError as e:
+            if "in use by process" not in str(e) or time.monotonic() > until: raise
+        time.sleep(.3)
 
 def _begin_worker(parent: int) -> None:
     "A worker is silent, and ends when the process that asked for it is gone"
@@ -114,7 +119,7 @@ def _in_parallel(todo: dict[str, Any], needs: dict[str, set[str]], board: _Board
             for process in list((pool._processes or {}).values()): process.terminate() # a checkpoint is kept
             raise
 
-# %% ../nbs/00k_studies.ipynb #2499ecd5
+# %% ../nbs/00k_studies.ipynb #6579b613
 def require_all(
     configs: Iterable, # of runs, in the order of the result
     *,
@@ -132,7 +137,7 @@ def require_all(
     if count > 1: _in_parallel(todo, needs, board, count, base)
     for i, config in todo.items() if count == 1 else ():
         board.say([i])
-        require(config, root=root)
+        _work(config, base)
         board.done.add(i)
     return [require(c, root=root) for c in configs]
 
@@ -226,17 +231,24 @@ def verdict(
     if not above: raise SadalibError("a verdict needs at least one interval: compare something first.")
     return "confirmed" if all(above) else "partly" if any(above) else "not"
 
-# %% ../nbs/00k_studies.ipynb #6a636042
+# %% ../nbs/00k_studies.ipynb #3788350b
 def spent(
     run: Run, # a finished training
     *,
     start: bool = True, # with the training that it began from
+    guide: bool = True, # with the map that guides it
 ) -> float: # millions of passes of one image through the network
-    "The network passes of a training"
+    "The network passes of a training, of the map that it needs and of the training that it began from"
     config, rows = run.config, Log(run.folder/"metrics.jsonl").rows()
     own = _trained_on(config) * sum(passes(config.method, row.get("attack_passes")) for row in rows) / 1e6
     before = require(config.init, root=run.folder.parent.parent) if config.init is not None and start else None
-    return own + (spent(before) if before else 0)
+    chart = getattr(config.method, "map", None) if guide else None
+    return own + (spent(before) if before else 0) + (_map_passes(chart, config.size) if chart is not None else 0)
+
+def _map_passes(chart: Any, side: int) -> float:
+    "Millions of passes that a map takes: every wave once, and the clean images"
+    k = (side - 1) // 2 if chart.cutoff is None else min(chart.cutoff, (side - 1) // 2)
+    return chart.n * (((2 * k + 1) ** 2 + 1) / 2 + 1) / 1e6
 
 # %% ../nbs/00k_studies.ipynb #4574723a
 @functools.lru_cache
@@ -249,7 +261,7 @@ def _trained_on(config: TrainConfig) -> int:
     "How many images `config` trains on"
     return config.train_images or _count(config.data, config.size, config.channels)
 
-# %% ../nbs/00k_studies.ipynb #a84684c8
+# %% ../nbs/00k_studies.ipynb #0214a315
 def plot_scores(
     frame: "DataFrame", # of `scores`
     by: str, # the column that names the rows
@@ -261,7 +273,7 @@ def plot_scores(
     from sadalib.report import panels, style
     names = list(dict.fromkeys(frame[by]))[::-1]
     with style():
-        figure, axes = panels(len(columns), size=(2.3, .9 + .24 * len(names)), share=False)
+        figure, axes = panels(len(columns), columns=6, size=(1.9, .9 + .2 * len(names)), share=False)
         for axis, data in zip(axes, columns, strict=True):
             rows = frame[frame.data == data]
             axis.plot(100 * rows.value, [names.index(n) for n in rows[by]], "o", ms=3, alpha=.5, color="C0")
