@@ -6,10 +6,11 @@
 __all__ = ['AVERAGE', 'nested', 'processes_here', 'passes', 'require_all', 'scores', 'with_average', 'mean_table', 'differences',
            'paired_table', 'verdict', 'spent', 'plot_scores', 'plot_gain_cost']
 
-# %% ../nbs/00k_studies.ipynb #61825e99
+# %% ../nbs/00k_studies.ipynb #8575522a
 import dataclasses, functools, os, threading, time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,13 +35,13 @@ def nested(
     if hasattr(config, "experiment"): found.append(config)
     return list({config_id(c): c for c in found}.values())
 
-# %% ../nbs/00k_studies.ipynb #ceda7f5c
+# %% ../nbs/00k_studies.ipynb #b5aa056c
 def processes_here(
     threads: int = 1, # torch threads of one run
 ) -> int: # at least 1
     "How many runs this machine computes best at once: `SADALIB_PROCESSES`, else its cores; one where there is a GPU"
     given = os.environ.get("SADALIB_PROCESSES")
-    if given and not (given.isdigit() and int(given)):
+    if given and not (given.isdecimal() and int(given)):
         raise SadalibError(f"SADALIB_PROCESSES is `{given}`: expected a whole number of at least 1.")
     if given: return int(given)
     if torch.cuda.is_available() or os.environ.get("IN_TEST"): return 1
@@ -77,7 +78,7 @@ def _effort(config) -> float:
     images = config.train_images or 1500
     return 1. * images * config.recipe.epochs * passes(config.method)
 
-# %% ../nbs/00k_studies.ipynb #5df09202
+# %% ../nbs/00k_studies.ipynb #dd579dfa
 def passes(
     method: Any, # a `Method`
     entered: float | None = None, # attack steps that an image really took; None: all of them
@@ -85,7 +86,8 @@ def passes(
     "The network passes that a training step of `method` cannot avoid"
     views = getattr(method, "views", 1 if hasattr(method, "norm") else 0)
     steps = getattr(method, "steps", 0) if hasattr(method, "guidance") or method.name == "pgd" else 0
-    shown = views if method.name == "randconv" else views + 1 # RandConv shows no clean image
+    clean = method.name != "randconv" and (method.name != "pgd" or getattr(method, "mix", 1) > 0)
+    shown = views + clean # RandConv shows no clean image, PGD training only where it mixes
     return 2 * (steps if entered is None else entered) * max(1, views) + 3 * shown
 
 # %% ../nbs/00k_studies.ipynb #d5837037
@@ -101,7 +103,7 @@ class _Board:
         busy = f"; computing {', '.join(sorted(running))}" if running else ""
         print(f"{self.label}: {len(self.done)} of {len(self.effort)} runs done{left}{busy}", flush=True)
 
-# %% ../nbs/00k_studies.ipynb #63fc29ab
+# %% ../nbs/00k_studies.ipynb #fd7d6b90
 def _in_parallel(todo: dict[str, Any], needs: dict[str, set[str]], board: _Board, processes: int, root: str | None) -> None:
     "Compute `todo`, each when what it `needs` is there"
     waiting: dict[str, Any] = dict(todo)
@@ -113,7 +115,10 @@ def _in_parallel(todo: dict[str, Any], needs: dict[str, set[str]], board: _Board
                 for i in ready[:processes - len(running)]: running[pool.submit(_work, waiting.pop(i), root)] = i
                 board.say(running.values())
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    future.result()
+                    try: future.result()
+                    except BrokenProcessPool:
+                        raise SadalibError("a worker was killed, perhaps for want of memory: run again, it goes on from its "
+                                           "last checkpoint, or set SADALIB_PROCESSES=1.") from None
                     board.done.add(running.pop(future))
         except BaseException:
             for process in list((pool._processes or {}).values()): process.terminate() # a checkpoint is kept
@@ -141,7 +146,7 @@ def require_all(
         board.done.add(i)
     return [require(c, root=root) for c in configs]
 
-# %% ../nbs/00k_studies.ipynb #cdfc404a
+# %% ../nbs/00k_studies.ipynb #fde696d8
 def scores(
     runs: Mapping[tuple, Run], # finished trainings, by the values of `names`
     names: Sequence[str], # of the parts of a key, "seed" among them
@@ -153,13 +158,13 @@ def scores(
     import pandas as pd
     rows = []
     for key, run in runs.items():
-        for part in evaluated(run, extra):
+        for part in evaluated(run, [d for d in extra if d not in (run.config.data, *run.config.targets)]):
             found = [m for m in record(part)["metrics"] if m["metric"] == "accuracy" and m["rule"] == rule]
             rows += [{**dict(zip(names, key, strict=True)), **{k: m[k] for k in ("data", "value", "n")}, "run": part.id}
                      for m in found]
     return pd.DataFrame(rows)
 
-# %% ../nbs/00k_studies.ipynb #e92108f7
+# %% ../nbs/00k_studies.ipynb #8446f583
 AVERAGE = "average"
 
 def with_average(
@@ -169,6 +174,7 @@ def with_average(
 ) -> "DataFrame": # `frame` with rows of data `name`
     "Add the unweighted mean over those of `targets` that every run was evaluated on"
     import pandas as pd
+    if not len(frame): return frame
     keys = [c for c in frame.columns if c not in ("data", "value", "n", "run")]
     count = frame[keys].drop_duplicates().shape[0]
     there = [t for t in targets if (frame.data == t).sum() == count]
@@ -231,7 +237,7 @@ def verdict(
     if not above: raise SadalibError("a verdict needs at least one interval: compare something first.")
     return "confirmed" if all(above) else "partly" if any(above) else "not"
 
-# %% ../nbs/00k_studies.ipynb #3788350b
+# %% ../nbs/00k_studies.ipynb #d768ba73
 def spent(
     run: Run, # a finished training
     *,
@@ -240,7 +246,9 @@ def spent(
 ) -> float: # millions of passes of one image through the network
     "The network passes of a training, of the map that it needs and of the training that it began from"
     config, rows = run.config, Log(run.folder/"metrics.jsonl").rows()
-    own = _trained_on(config) * sum(passes(config.method, row.get("attack_passes")) for row in rows) / 1e6
+    warm = getattr(config.method, "warm_up", 0) # epochs without attack
+    entered = [row.get("attack_passes", 0. if row["epoch"] <= warm else None) for row in rows]
+    own = _trained_on(config) * sum(passes(config.method, steps) for steps in entered) / 1e6
     before = require(config.init, root=run.folder.parent.parent) if config.init is not None and start else None
     chart = getattr(config.method, "map", None) if guide else None
     return own + (spent(before) if before else 0) + (_map_passes(chart, config.size) if chart is not None else 0)
