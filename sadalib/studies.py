@@ -294,7 +294,7 @@ def plot_scores(
             axis.set_yticks(range(len(names)), [(titles or {}).get(n, n) for n in names] if axis is axes[0] else [])
     return figure
 
-# %% ../nbs/00k_studies.ipynb #4b655970
+# %% ../nbs/00k_studies.ipynb #c91b90d2
 def plot_gain_cost(
     gains: Mapping[str, Sequence[float]], # by arm: points of accuracy above the start, one a seed
     costs: Mapping[str, Sequence[float]], # by arm: millions of passes, one a seed
@@ -307,7 +307,7 @@ def plot_gain_cost(
         for i, (name, values) in enumerate(gains.items()):
             mean, cost = sum(values) / len(values), sum(costs[name]) / len(costs[name])
             low, high = _one_error(values)
-            axis.errorbar([cost], [mean], yerr=[[mean - low], [high - mean]], fmt="os^Dv"[i % 5], color=f"C{i % 10}", ms=5,
+            axis.errorbar([cost], [mean], yerr=[[mean - low], [high - mean]], fmt="os^vDP*"[i % 7], color=f"C{i % 10}", ms=5,
                           label=(titles or {}).get(name, name))
         axis.axhline(0, color="gray", lw=.8)
         axis.set(xlabel="cost [million passes of one image]", ylabel="gain on the target average [points]")
