@@ -199,7 +199,7 @@ def study_configs(
     return {(source, arm, seed): arm_config(p, arm, seed=seed, source=source)
             for source in sources for seed in seeds_of(p) for arm in arms_of(p)}
 
-# %% ../nbs/03a_sada_study.ipynb #7f2db479
+# %% ../nbs/03a_sada_study.ipynb #c9952a5b
 BASE_SADA: dict[str, Any] = dict(guidance="uniform", steps=5, step_size=.08, weight=10., init="dc", stop=True)
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = { # by factor: the value's name, what it changes
     "steps": {"0": {"steps": 0}, "1": {"steps": 1}, "5": {}, "10": {"steps": 10}},
@@ -224,8 +224,8 @@ def ablation_configs(
     check_choices(p)
     out = {}
     for seed in p.seeds or (0,):
-        few = {"map_images": 300} if resolve_profile(p.profile) == "small" and p.dataset == "mnist" else {}
-        one = one_run(p, seed=seed, **({} if p.map_images else few))
+        few = resolve_profile(p.profile) == "small" and p.dataset == "mnist" and p.map_images is None
+        one = one_run(replace(p, map_images=300) if few else p, seed=seed)
         config = arm_config(p, "sada_uniform", seed=seed)
         for factor, values in ABLATIONS.items():
             for value, changes in _few(p, values).items():
@@ -441,7 +441,7 @@ def scale_claims(
                          runs if tried else ()))
     return out
 
-# %% ../nbs/03a_sada_study.ipynb #31e908e0
+# %% ../nbs/03a_sada_study.ipynb #8124360f
 def map_claims(
     p: StudyParameters,
     lowered: "DataFrame", # rule, difference (ERM - SADA), low, high; empty where one of the two was left out
@@ -452,9 +452,10 @@ def map_claims(
     about: dict[str, Any] = dict(notebook="04c_sada_maps", seeds=len(seeds_of(p)), minutes=16,
                                  profile=resolve_profile(p.profile), runs=runs)
     low, high, value = (float(x) for x in (relation.low, relation.high, relation.value))
+    decides = "" if high < 0 else " (the opposite)" if low > 0 else " (undecided)"
     foretells = Claim("sada", f"A lower map goes with a higher accuracy on unseen domains ({p.dataset})",
                       expected="negative rank correlation", source="abstract and introduction (details UNVERIFIED)",
-                      tolerance="95 % interval below 0", value=f"{value:+.2f} [{low:+.2f}, {high:+.2f}]",
+                      tolerance="95 % interval below 0", value=f"{value:+.2f} [{low:+.2f}, {high:+.2f}]{decides}",
                       verdict=verdict([(-high, -low)]), reason="mean of the map under the amplitude rule, over the "
                       "arms' networks of the first seed; a pilot had seen other networks' maps", **about)
     if not len(lowered): return [foretells]
