@@ -244,7 +244,7 @@ def test_workers_end_with_a_killed_parent_and_the_script_finishes_the_second_tim
     job = subprocess.Popen([sys.executable, str(path)], env={**env, "PAUSE": ".3", "MARKS": str(marks)},
                            stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
     two = lambda: len(list(cut.glob("train/*/checkpoint/last.safetensors"))) == 2 # noqa: E731
-    try: wait_for(lambda: job.poll() is not None or two(), 60, "no two runs at once")
+    try: wait_for(lambda: job.poll() is not None or two(), 240, "no two runs at once")
     finally: job.kill()
     assert job.wait() == -signal.SIGKILL
     workers = [int(p.name) for p in marks.iterdir()]
