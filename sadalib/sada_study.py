@@ -406,7 +406,7 @@ def accuracy_claims(
     for words, pairs in ACCURACY_CLAIMS.items():
         if not set(pairs) <= rows.keys() or any(math.isnan(rows[pair]["low"]) for pair in pairs): continue
         value = "; ".join(_in_words(f"{ARMS[a].title} - {ARMS[b].title}", rows[a, b], 2) for a, b in pairs)
-        out.append(Claim("sada", f"{words} ({p.dataset})", "04a_sada_compare", len(seeds_of(p)), 50,
+        out.append(Claim("sada", f"{words} ({p.dataset})", "04a_sada_compare", len(seeds_of(p)), 56,
                          "difference above 0", told, "95 % interval above 0", value,
                          verdict((rows[pair]["low"], rows[pair]["high"]) for pair in pairs),
                          f"average of {', '.join(domains)} at reduced scale; equal compute leaves out the map, which the "
@@ -449,7 +449,7 @@ def map_claims(
     runs: tuple, # finished
 ) -> list[Claim]:
     "The claims about maps, with their verdicts"
-    about: dict[str, Any] = dict(notebook="04c_sada_maps", seeds=len(seeds_of(p)), minutes=16,
+    about: dict[str, Any] = dict(notebook="04c_sada_maps", seeds=len(seeds_of(p)), minutes=14,
                                  profile=resolve_profile(p.profile), runs=runs)
     low, high, value = (float(x) for x in (relation.low, relation.high, relation.value))
     decides = "" if high < 0 else " (the opposite)" if low > 0 else " (undecided)"
