@@ -74,7 +74,21 @@ def _unit(u: Tensor, norm: float) -> Tensor:
     "The gradient of `dual_norm`: the direction that the adversary takes; 0 at 0"
     return u.sign() if norm == math.inf else F.normalize(u, dim=-1, eps=1e-30)
 
-# %% ../../nbs/09c_disparity_linear.ipynb #2064a0a6
+# %% ../../nbs/09c_disparity_linear.ipynb #7049a818
+def _walled(x: Tensor, push: Tensor, eps: float | Tensor, box: tuple[float, float], rounds: int = 60) -> Tensor: # like `push`
+    "`x` moved along the unit vectors `push` (..., N, d) by clipped steps, the reach chosen so that all are `eps` long"
+    walls = (torch.where(push > 0, box[1] - x, box[0] - x)/push).square().nan_to_num(torch.inf, torch.inf)
+    weight, goal = push.square(), torch.as_tensor(eps, dtype=push.dtype, device=push.device)**2
+    reach = goal.expand_as(push[..., :1]) # squared
+    for _ in range(rounds):
+        missing = goal - (weight*walls.minimum(reach)).sum(-1, keepdim=True)
+        slope = (weight*(walls > reach)).sum(-1, keepdim=True)
+        short = (missing > 500*torch.finfo(push.dtype).eps*goal) & (slope > 0)
+        if not bool(short.any()): break
+        reach = torch.where(short, reach + missing/slope.clamp(min=1e-30), reach)
+    return (x + reach.sqrt()*push).clamp(*box)
+
+# %% ../../nbs/09c_disparity_linear.ipynb #be5e1964
 def worst_points(
     x: Tensor, # (N, d)
     signs: Tensor, # -1 or 1, (N,)
@@ -83,22 +97,11 @@ def worst_points(
     norm: float, # 2 or inf
     eps: float, # radius
     box: tuple[float, float] | None = None, # the range of features
-    rounds: int = 50, # of Newton's method, at most
 ) -> Tensor: # (..., N, d)
     "The points within `eps` of `x`, and within `box`, that have the smallest margins under `u`: exact in all cases"
     push = -signs[:, None]*_unit(u, check_norm(norm))[..., None, :] # (..., N, d)
     if box is None: return x + eps*push
-    if norm == math.inf or eps == 0: return (x + eps*push).clamp(*box)
-    reach = torch.full_like(push[..., :1], eps) # Newton's steps from below: the squared length is concave in reach^2
-    for _ in range(rounds):
-        moved = x + reach*push
-        inside = (moved > box[0]) & (moved < box[1])
-        moved.clamp_(*box)
-        missing = (eps**2 - (moved - x).square().sum(-1, keepdim=True)).clamp(min=0)
-        slope = (push.square()*inside).sum(-1, keepdim=True)
-        if not bool(((missing > 1e-13*eps**2) & (slope > 0)).any()): break
-        reach = torch.where(slope > 0, reach.square() + missing/slope.clamp(min=1e-300), reach.square()).sqrt()
-    return moved
+    return (x + eps*push).clamp(*box) if norm == math.inf or eps == 0 else _walled(x, push, eps, box)
 
 # %% ../../nbs/09c_disparity_linear.ipynb #b38ceed5
 def robust_margins(
@@ -314,20 +317,17 @@ def _ball_gradient(p: Tensor, z: Tensor, grid: _Grid) -> Tensor: # (S, K, d + 1)
     if flips is not None: gradient.index_put_((s, k, j), -grid.eps[s, k, 0]*pulled[s, k, point]*change, accumulate=True)
     return gradient/-z.shape[1]
 
-# %% ../../nbs/09c_disparity_linear.ipynb #81a67d7b
+# %% ../../nbs/09c_disparity_linear.ipynb #6e7e3da3
 def _attacked(p: Tensor, z: Tensor, grid: _Grid, slope: Tensor) -> Tensor: # (S, K, B, d + 1), signed like `z`
     "Attacked points of each run in a box; the published l2 attack clips one step, the closed one is exact"
     u, signs = p[..., :-1], z[..., -1]
     x, part = z[..., :-1]*signs[..., None], grid.floored(u, slope) # (S, B, d)
     push = -signs[:, None, :, None]*grid.unit(u)[:, :, None] # (S, K, B, d)
-    if part is not None or bool(grid.box_norm.all()):
-        step = grid.eps[..., None]*push*(1 if part is None else part[..., None])
-        moved = (x[:, None] + step).clamp(*grid.box) # type: ignore[misc]
-    else:
-        def worst(s, k):
-            return worst_points(x[s], signs[s], u[s, k], norm=math.inf if grid.box_norm[s, k] else 2,
-                                eps=float(grid.eps[s, k]), box=grid.box)
-        moved = torch.stack([torch.stack([worst(s, k) for k in range(u.shape[1])]) for s in range(len(u))])
+    step = grid.eps[..., None]*push*(1 if part is None else part[..., None])
+    moved = (x[:, None] + step).clamp(*grid.box) # type: ignore[misc]
+    if part is None: # the l2 ball within a box, exactly
+        s, k = (~grid.box_norm & (grid.eps > 0))[..., 0].nonzero(as_tuple=True)
+        moved[s, k] = _walled(x[s], push[s, k], grid.eps[s, k, :, None], grid.box) # type: ignore[arg-type]
     return torch.cat([moved, torch.ones_like(moved[..., :1])], -1)*signs[:, None, :, None]
 
 # %% ../../nbs/09c_disparity_linear.ipynb #b93bdf41
