@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ALPHAS', 'IMAGE_PAIRS', 'stable_noise', 'class_sizes', 'stable_mixture', 'gaussian_mixture', 'TwoClasses', 'Problem',
-           'ramp_mean', 'synthetic_problem', 'image_problem', 'two_class_problem']
+           'ramp_mean', 'synthetic_problem', 'image_problem', 'array_problem', 'two_class_problem']
 
-# %% ../../nbs/09b_disparity_pairs.ipynb #8d400edb
+# %% ../../nbs/09b_disparity_pairs.ipynb #272c8620
 import functools
 import math
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..data import load
+from .linear import check_box, check_points
 from .theory import _vector, check_norm, check_ratio, stable_margins
 from ..runs import SadalibError, Shard, _draw, did_you_mean, seeded
 
@@ -120,8 +121,8 @@ class TwoClasses:
     def half_difference(self) -> Tensor: # mu as the points have it, (d,)
         return (self.x[self.y == 1].mean(0) - self.x[self.y == 0].mean(0))/2
 
-# %% ../../nbs/09b_disparity_pairs.ipynb #8d883d17
-@dataclass(frozen=True, eq=False)
+# %% ../../nbs/09b_disparity_pairs.ipynb #e34ac708
+@dataclass(frozen=True, eq=False, repr=False)
 class Problem:
     "Two classes at one ratio: points to train on, to choose by and to test on, and the mean that gives `eps` its scale"
     name: str
@@ -140,6 +141,8 @@ class Problem:
         if 0 <= fraction <= 1: return fraction*float(torch.linalg.vector_norm(self.mean, check_norm(norm)))
         raise SadalibError(f"{fraction!r} of ||mu|| is asked for, but a fraction from 0 to 1 is expected: beyond 1 the "
                            "adversary exchanges the class means.")
+
+    def __repr__(self) -> str: return f"Problem({self.name}, R = {self.ratio:g}, d = {len(self.mean)})"
 
     def _repr_markdown_(self) -> str:
         sizes = ", ".join(f"{n} {getattr(self, n).counts}" for n in ("train", "valid", "test", "balanced"))
@@ -234,6 +237,30 @@ def image_problem(
     train, valid, test = (part(k, m, check_ratio(ratio)) for k, m in zip(("train", "valid", "test"), n, strict=True))
     full = part("train", n[0], 1.) # the radii are those of the balanced set, at every ratio
     return Problem(name, float(ratio), full.half_difference, train, valid, test, part("test", n[2], 1.), (0., 1.))
+
+# %% ../../nbs/09b_disparity_pairs.ipynb #fc8116bc
+def array_problem(
+    x, # features, (N, d)
+    y, # labels of two values, (N,): the more frequent one is the majority
+    ratio: float, # R >= 1
+    *,
+    box: tuple[float, float] | None = None, # the range of features, if they have one
+    seed: int = 0, # of the splits
+    name: str = "own",
+) -> Problem: # 60 % of each class to train on, 15 % to choose by, 25 % to test on
+    "A problem from arrays; `SadalibError` for what is not two classes of finite points"
+    x, signs, _ = check_points(x, y, least=8)
+    check_box(x, box)
+    sides = sorted(((signs < 0).nonzero()[:, 0], (signs > 0).nonzero()[:, 0]), key=len, reverse=True)
+    rows = [side[torch.randperm(len(side), generator=seeded("own", seed, k))] for k, side in enumerate(sides)]
+    def part(start, stop, r):
+        many, few = (row[int(start*len(row)):int(stop*len(row))] for row in rows)
+        counts = class_sizes(min(len(many), int(len(few)*check_ratio(r))), r)
+        both = torch.cat([many[:counts[0]], few[:counts[1]]])
+        return TwoClasses(x[both], torch.repeat_interleave(torch.arange(2), torch.tensor(counts)))
+    train, valid, test = (part(start, stop, ratio) for start, stop in ((0, .6), (.6, .75), (.75, 1)))
+    full, balanced = part(0, .6, 1.), part(.75, 1, 1.)
+    return Problem(name, float(ratio), full.half_difference, train, valid, test, balanced, box)
 
 # %% ../../nbs/09b_disparity_pairs.ipynb #553e2538
 def two_class_problem(
