@@ -260,3 +260,61 @@ def test_sada_explorer_in_jupyterlab(sada_page: Page, tmp_path: Path):
         shutil.copy(tmp_path / "explore_sada.png", os.environ["SADALIB_SADA_SCREENSHOT"])
     print(f"\n{guided}\n{line.inner_text()}")
     assert not page.complaints
+
+
+DISPARITY_CELLS = ["""\
+from sadalib.explore_disparity import DisparityExplorer
+""", """\
+explorer = DisparityExplorer(alpha=1, ratio=5, norm=float("inf"))
+explorer
+"""]
+
+
+@pytest.fixture
+def disparity_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Page:
+    "As `page`, with the explorer of disparity in the notebook"
+    monkeypatch.setattr(sys.modules[__name__], "CELLS", DISPARITY_CELLS)
+    return request.getfixturevalue("page")
+
+
+def test_disparity_explorer_in_jupyterlab(disparity_page: Page, tmp_path: Path):
+    page = disparity_page
+    line, picture = page.locator(".widget-html [role=status]"), page.locator("img.widget-image")
+    failed = page.locator(".jp-OutputArea [data-mime-type='application/vnd.jupyter.error']")
+    picture.or_(failed).first.wait_for(timeout=150_000)  # imports on a busy machine
+    assert not failed.count(), failed.all_inner_texts()
+    picture.scroll_into_view_if_needed()
+    expect(line).to_contain_text("Cauchy, R = 5.01, ε = 0.50", timeout=60_000)  # the slider's nearest step
+    expect(line).to_contain_text("robust training shrinks the disparity here")
+
+    def moved(words: str, act) -> str:
+        "What the explorer says once `act` has changed its picture and its line has `words`"
+        image = picture.get_attribute("src")
+        act()
+        expect(line).to_contain_text(words, timeout=60_000)
+        expect(picture).not_to_have_attribute("src", image, timeout=60_000)
+        return line.inner_text()
+
+    def press(slider: int, key: str, times: int = 1):
+        page.get_by_role("slider").nth(slider).focus()
+        for _ in range(times):
+            page.keyboard.press(key)
+
+    moved("R = 5.25", lambda: press(1, "ArrowRight"))  # one step of the logarithmic slider
+    moved("the robust rule gives all to the majority", lambda: press(1, "ArrowRight", 10))
+    widened = moved("robust training widens the disparity", lambda: page.get_by_role("button", name="Gaussian").click())
+    assert "Gaussian, R = 8.32" in widened
+    moved("ε = 0.55 ‖μ‖∞", lambda: press(2, "ArrowRight"))
+    moved("ε = 0.55 ‖μ‖₂", lambda: page.get_by_role("button", name="ℓ2").click())
+    moved("distance 2.9", lambda: press(3, "ArrowLeft"))
+    moved("stable law, α = 1.95", lambda: press(0, "ArrowLeft"))
+    assert not page.locator(".widget-toggle-button.mod-active", has_text="Gaussian").count()
+    moved("no closed form", lambda: press(0, "Home"))
+    moved("Cauchy, R = 8.32, ε = 0.55 ‖μ‖₂", lambda: page.get_by_role("button", name="Cauchy").click())
+
+    page.locator(".jp-OutputArea-output", has=picture).screenshot(path=tmp_path / "explore_disparity.png")
+    assert (tmp_path / "explore_disparity.png").stat().st_size > 20_000
+    if os.environ.get("SADALIB_DISPARITY_SCREENSHOT"):
+        shutil.copy(tmp_path / "explore_disparity.png", os.environ["SADALIB_DISPARITY_SCREENSHOT"])
+    print(f"\n{widened}\n{line.inner_text()}")
+    assert not page.complaints

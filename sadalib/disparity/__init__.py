@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['disparity_gaps', 'leaves_gradients', 'LinearSolution', 'solve_linear', 'LEARNING_RATES', 'SEEDS', 'LinearRuns',
            'dual_norm', 'half_distance', 'linear_accuracy', 'population_accuracy', 'robust_margins', 'train_linear',
-           'worst_points', 'ALPHAS', 'IMAGE_PAIRS', 'Problem', 'TwoClasses', 'gaussian_mixture', 'image_problem',
-           'ramp_mean', 'stable_mixture', 'stable_noise', 'synthetic_problem', 'two_class_problem', 'GapSplit',
-           'GaussianRule', 'check_strength', 'collapse_ratio', 'gaussian_accuracies', 'gaussian_rule', 'gaussian_split',
-           'pulled_mean', 'stable_accuracies', 'stable_cdf', 'stable_margins', 'stable_pdf', 'stable_score',
-           'stable_threshold']
+           'worst_points', 'ALPHAS', 'IMAGE_PAIRS', 'Problem', 'TwoClasses', 'array_problem', 'gaussian_mixture',
+           'image_problem', 'ramp_mean', 'stable_mixture', 'stable_noise', 'synthetic_problem', 'two_class_problem',
+           'GapSplit', 'GaussianRule', 'check_strength', 'collapse_ratio', 'gaussian_accuracies', 'gaussian_rule',
+           'gaussian_split', 'pulled_mean', 'stable_accuracies', 'stable_cdf', 'stable_margins', 'stable_pdf',
+           'stable_score', 'stable_split', 'stable_threshold']
 
-# %% ../../nbs/09_disparity.ipynb #f3e9c028
+# %% ../../nbs/09_disparity.ipynb #9444774f
 import torch
 from torch import Tensor, nn
 
@@ -33,6 +33,7 @@ from sadalib.disparity.pairs import (
     IMAGE_PAIRS,
     Problem,
     TwoClasses,
+    array_problem,
     gaussian_mixture,
     image_problem,
     ramp_mean,
@@ -55,16 +56,18 @@ from sadalib.disparity.theory import (
     stable_margins,
     stable_pdf,
     stable_score,
+    stable_split,
     stable_threshold,
 )
 from ..runs import SadalibError
 
 _all_ = ["LinearSolution", "solve_linear", "LEARNING_RATES", "SEEDS", "LinearRuns", "dual_norm", "half_distance",
          "linear_accuracy", "population_accuracy", "robust_margins", "train_linear", "worst_points", "ALPHAS",
-         "IMAGE_PAIRS", "Problem", "TwoClasses", "gaussian_mixture", "image_problem", "ramp_mean", "stable_mixture",
+         "IMAGE_PAIRS", "Problem", "TwoClasses", "array_problem", "gaussian_mixture", "image_problem", "ramp_mean", "stable_mixture",
          "stable_noise", "synthetic_problem", "two_class_problem", "GapSplit", "GaussianRule", "check_strength",
          "collapse_ratio", "gaussian_accuracies", "gaussian_rule", "gaussian_split", "pulled_mean",
-         "stable_accuracies", "stable_cdf", "stable_margins", "stable_pdf", "stable_score", "stable_threshold"]
+         "stable_accuracies", "stable_cdf", "stable_margins", "stable_pdf", "stable_score", "stable_split",
+         "stable_threshold"]
 
 # %% ../../nbs/09_disparity.ipynb #975291fa
 def disparity_gaps(

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'build_network', 'Adversary', 'take_step', 'NetworkRun', 'train_network', 'NetworkConfig']
 
-# %% ../../nbs/09e_disparity_networks.ipynb #20365ab0
-import contextlib, copy, math
+# %% ../../nbs/09e_disparity_networks.ipynb #e607d846
+import contextlib, copy, hashlib, math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from numbers import Real
@@ -420,7 +420,7 @@ def _network_rows(config: NetworkConfig, problem: Problem, best: "NetworkRun", d
              "learning_rate": best.learning_rate, "best_epoch": best.best_epoch, "epochs": best.epochs,
              "loss": round(best.best_loss, 8)}, *rows]
 
-# %% ../../nbs/09e_disparity_networks.ipynb #99bb1af3
+# %% ../../nbs/09e_disparity_networks.ipynb #61a5e31e
 @computes(NetworkConfig)
 def _compute_network(run: Run) -> None:
     "Train one network a learning rate, keep the best, attack it; a run that was killed starts over"
@@ -436,4 +436,6 @@ def _compute_network(run: Run) -> None:
         best = min(found, key=lambda r: r.best_loss)
         save_tensors(run.folder/"network.safetensors", best.state)
         finish(run, _network_rows(c, problem, best, device), failed=sum(r.failed for r in found), trainings=len(found),
+               datasets={f"{c.data}/{part}": hashlib.sha256(getattr(problem, part).x.numpy().tobytes()).hexdigest()
+                         for part in ("train", "valid", "test")}, # of the points drawn
                points=[list(getattr(problem, part).counts) for part in ("train", "valid", "test", "balanced")])

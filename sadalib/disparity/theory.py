@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_norm', 'check_ratio', 'check_strength', 'soft_threshold', 'pulled_mean', 'GaussianRule', 'gaussian_rule',
            'gaussian_accuracies', 'GapSplit', 'gaussian_split', 'stable_pdf', 'stable_cdf', 'stable_score',
-           'collapse_ratio', 'stable_threshold', 'stable_accuracies', 'stable_margins']
+           'collapse_ratio', 'stable_threshold', 'stable_accuracies', 'stable_split', 'stable_margins']
 
 # %% ../../nbs/09a_disparity_theory.ipynb #c6efcb41
 import math
@@ -361,31 +361,46 @@ def stable_accuracies(
     t = stable_threshold(_check_margin(a) if robust is None else max(0., robust), ratio, alpha)
     return (1., 0.) if t == math.inf else (stable_cdf(a + t, alpha), stable_cdf(a - t, alpha))
 
-# %% ../../nbs/09a_disparity_theory.ipynb #4753ddad
-def _bisect(f: Callable, low: np.ndarray, high: np.ndarray, rounds: int = 70) -> np.ndarray:
-    "Where the increasing `f` crosses 0, for each entry"
-    for _ in range(rounds):
-        middle = (low + high)/2
-        up = f(middle) < 0
-        low, high = np.where(up, middle, low), np.where(up, high, middle)
-    return (low + high)/2
+# %% ../../nbs/09a_disparity_theory.ipynb #6b195d74
+def stable_split(
+    margins: tuple[float, float], # clean margins of the standard and of the robust rule
+    thresholds: tuple[float, float], # their thresholds; inf where all goes to the majority
+    alpha: float, # in (0, 2]
+) -> GapSplit:
+    "The change of both accuracies: first the margin changes with the threshold held, then the threshold"
+    def at(a, t): return (1., 0.) if t == math.inf else (stable_cdf(a + t, alpha), stable_cdf(a - t, alpha))
+    (p, q), (r, s), (x, y) = (at(margins[i], thresholds[j]) for i, j in ((0, 0), (1, 0), (1, 1)))
+    return GapSplit((r - p, s - q), (x - r, y - s), (x - p, y - q))
 
-# %% ../../nbs/09a_disparity_theory.ipynb #4797ec93
-def _shrunk(size: np.ndarray, alpha: float, eps: float) -> np.ndarray: # v, of |mu| with largest entry 1
-    "The point within `eps` of `size` (l2) of least alpha'-norm, 1/alpha + 1/alpha' = 1, 1 <= alpha <= 2"
-    def distance(v): return np.linalg.norm(size - v)
+# %% ../../nbs/09a_disparity_theory.ipynb #8f28e163
+def _pulled(log_u: np.ndarray, log_lam: float, power: float) -> np.ndarray: # log v, like `log_u`
+    "Where v + lam v^`power` = u <= 1: Newton from the right, where a convex function lets it only fall"
+    v = np.exp(np.minimum(log_u, (log_u - log_lam)/power))
+    for _ in range(100):
+        term = np.exp(log_lam + power*np.log(v))
+        step = (v + term - np.exp(log_u))/(1 + power*term/v)
+        v = v - step
+        if (np.abs(step) <= 1e-15*v).all(): break
+    return np.log(v)
+
+# %% ../../nbs/09a_disparity_theory.ipynb #50f638ba
+def _against_ball(size: np.ndarray, alpha: float, eps: float) -> np.ndarray: # w, of |mu| with largest entry 1
+    "The weights of the largest margin against an l2 ball, 1 <= alpha <= 2"
+    from scipy.optimize import brentq
     if alpha == 1:
-        top = _bisect(lambda t: eps - distance(np.minimum(size, t)), np.array(0.), np.array(1.))
-        return np.minimum(size, top)
-    power = 1/(alpha - 1)
-    def entries(log_lam): return _bisect(lambda v: v + np.exp(log_lam)*v**power - size, np.zeros_like(size), size)
-    lam = _bisect(lambda log_lam: distance(entries(log_lam)) - eps, np.array(-60.), np.array(700.))
-    return entries(lam)
+        cap = brentq(lambda t: np.linalg.norm(size - np.minimum(size, t)) - eps, 0., 1., xtol=1e-15)
+        return size - np.minimum(size, cap)
+    power, live = 1/(alpha - 1), size > 0
+    u, w = size[live], np.zeros_like(size)
+    def excess(log_lam): return np.linalg.norm(u - np.exp(_pulled(np.log(u), log_lam, power))) - eps
+    log_v = _pulled(np.log(u), brentq(excess, -60., 40*(1 + power), xtol=1e-13), power)
+    w[live] = np.exp(power*(log_v - log_v.max()))
+    return w
 
-# %% ../../nbs/09a_disparity_theory.ipynb #c79775a3
+# %% ../../nbs/09a_disparity_theory.ipynb #7368f393
 def _direction(mean: np.ndarray, alpha: float, eps: float, norm: float, isotropic: bool) -> np.ndarray: # w
     "The weights of the largest robust margin; one coordinate (or its ties) for `alpha` at most 1"
-    if norm == math.inf or eps == 0 or isotropic:
+    if norm == math.inf or eps <= 1e-12*np.abs(mean).max() or isotropic:
         v = soft_threshold(mean, eps) if norm == math.inf else mean
         if isotropic: return v
         size = np.abs(v)/np.abs(v).max()
@@ -394,8 +409,7 @@ def _direction(mean: np.ndarray, alpha: float, eps: float, norm: float, isotropi
         raise SadalibError("alpha is below 1: for independent coordinates and the l2 ball the best direction is no "
                            "convex problem any more; take norm inf, or isotropic=True.")
     size, top = np.abs(mean), np.abs(mean).max()
-    v = _shrunk(size/top, alpha, eps/top)
-    return np.sign(mean)*(v**(1/(alpha - 1)) if alpha > 1 else size/top - v)
+    return np.sign(mean)*_against_ball(size/top, alpha, eps/top)
 
 # %% ../../nbs/09a_disparity_theory.ipynb #f46a3155
 def stable_margins(

@@ -6,7 +6,7 @@
 __all__ = ['NORMS', 'TrialConfig', 'own_file', 'problem_of', 'settings_of', 'measured', 'trial_frame', 'gap_frame',
            'TheoryConfig', 'theory_row', 'theory_frame']
 
-# %% ../../nbs/09f_disparity_trials.ipynb #b3ae6c68
+# %% ../../nbs/09f_disparity_trials.ipynb #8a16de51
 import hashlib
 import math
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ from .exact import solve_linear
 from .linear import (LEARNING_RATES, SEEDS, LinearRuns, check_points, linear_accuracy, population_accuracy,
                                       refuse_beyond, train_linear)
 from .pairs import ALPHAS, Problem, array_problem, ramp_mean, two_class_problem
-from .theory import (_phi, check_norm, check_strength, collapse_ratio, gaussian_rule, stable_cdf, stable_margins,
-                                      stable_threshold)
+from .theory import (check_norm, check_strength, collapse_ratio, gaussian_rule, gaussian_split, stable_accuracies,
+                                      stable_margins, stable_split, stable_threshold)
 from ..runs import Run, SadalibError, computes, cpu_threads, did_you_mean, finish, open_run, save_tensors
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _under_attack(config: TrialConfig, problem: Problem, settings: list, rows: l
                         "value": round(pair[0] - pair[1], 6), "majority": pair[0], "minority": pair[1]})
     return out
 
-# %% ../../nbs/09f_disparity_trials.ipynb #50f65c99
+# %% ../../nbs/09f_disparity_trials.ipynb #e5ec74f5
 @computes(TrialConfig)
 def _compute(run: Run) -> None:
     "Draw, train or solve, measure; a trial that was killed starts over"
@@ -181,9 +181,12 @@ def _compute(run: Run) -> None:
         rule = _solved_rows if config.protocol == "exact" else _trained_rows
         rows, tensors, told = rule(config, problem, settings)
         save_tensors(run.folder/"rules.safetensors", tensors)
+        sums = {f"{config.data}/{part}": hashlib.sha256(getattr(problem, part).x.numpy().tobytes()).hexdigest()
+                for part in ("train", "valid", "test")} # of the points drawn
         about = {"points": [list(getattr(problem, part).counts) for part in ("train", "valid", "test", "balanced")],
                  "norm_of_mean": {name: round(problem.eps(1., norm), 6) for name, norm in NORMS.items()}}
-        finish(run, rows + _under_attack(config, problem, settings, rows, tensors), refused=refused, **told, **about)
+        finish(run, rows + _under_attack(config, problem, settings, rows, tensors), refused=refused, datasets=sums, **told,
+               **about)
 
 # %% ../../nbs/09f_disparity_trials.ipynb #fbb6e280
 def trial_frame(
@@ -237,7 +240,7 @@ class TheoryConfig:
     norms: tuple[str, ...] = ("l2", "linf")
     fractions: tuple[float, ...] = (0., .5, .75) # below 1
 
-# %% ../../nbs/09f_disparity_trials.ipynb #1be3677f
+# %% ../../nbs/09f_disparity_trials.ipynb #1488c41e
 def _mean_of(config: TheoryConfig, alpha: float | None) -> np.ndarray:
     "The mean that `synthetic_problem` takes"
     if config.mean is not None: return np.asarray(config.mean)
@@ -245,12 +248,14 @@ def _mean_of(config: TheoryConfig, alpha: float | None) -> np.ndarray:
     return ramp_mean(length=15/margin).numpy()
 
 def _stages(mean: np.ndarray, sigma: float, alpha: float | None, ratio: float, eps: float, norm: float) -> tuple:
-    "Clean margin, robust margin and threshold of a rule of theory, and the noise's distribution function"
+    "Standard and robust rule of theory: clean margins, robust margin of the second, thresholds, and how the change splits"
     if alpha is None:
-        rule = gaussian_rule(mean, sigma, ratio, eps, norm)
-        return rule.clean_margin, rule.robust_margin, rule.threshold, _phi
-    a, s = stable_margins(mean, alpha, eps, norm)
-    return a, s, stable_threshold(max(s, 0.), ratio, alpha), lambda z: stable_cdf(z, alpha)
+        before, after = (gaussian_rule(mean, sigma, ratio, e, norm) for e in (0., eps))
+        return ((before.clean_margin, after.clean_margin), after.robust_margin, (before.threshold, after.threshold),
+                (after.majority, after.minority), gaussian_split(mean, sigma, ratio, eps, norm))
+    (a, _), (b, s) = (stable_margins(mean, alpha, e, norm) for e in (0., eps))
+    thresholds = stable_threshold(a, ratio, alpha), stable_threshold(s, ratio, alpha)
+    return (a, b), s, thresholds, stable_accuracies(b, ratio, alpha, robust=s), stable_split((a, b), thresholds, alpha)
 
 def theory_row(
     mean: np.ndarray, # mu, (d,)
@@ -260,17 +265,12 @@ def theory_row(
     *, sigma: float = 1., alpha: float | None = None, # Gaussian, or stable with this tail
 ) -> dict[str, Any]: # accuracies of the majority and the minority, their change split in two, collapse
     "The robust rule of theory, and how it differs from the standard one"
-    def accuracies(a, t, cdf): return (1., 0.) if t == math.inf else (float(cdf(a + t)), float(cdf(a - t)))
-    a0, _, t0, cdf = _stages(mean, sigma, alpha, ratio, 0., NORMS[norm])
-    a1, s1, t1, _ = _stages(mean, sigma, alpha, ratio, eps, NORMS[norm])
-    before, turned, after = (accuracies(a, t, cdf) for a, t in ((a0, t0), (a1, t0), (a1, t1)))
-    limit = math.inf if alpha is None else collapse_ratio(max(s1, 0.), alpha)
-    return {"value": after[0] - after[1], "majority": after[0], "minority": after[1],
-            "gap_disparity": after[0] - after[1] - before[0] + before[1],
-            "gap_accuracy": (ratio*(before[0] - after[0]) + before[1] - after[1])/(1 + ratio),
-            "inherent": [turned[k] - before[k] for k in (0, 1)], "imbalance": [after[k] - turned[k] for k in (0, 1)],
-            "clean_margin": a1, "robust_margin": s1, "collapse_ratio": None if limit == math.inf else limit,
-            "collapsed": t1 == math.inf, "standard_collapsed": t0 == math.inf}
+    (a0, a1), s, (t0, t1), after, split = _stages(mean, sigma, alpha, ratio, eps, NORMS[norm])
+    limit = math.inf if alpha is None else collapse_ratio(s, alpha)
+    return {"value": after[0] - after[1], "majority": after[0], "minority": after[1], "gap_disparity": split.total[0] - split.total[1],
+            "gap_accuracy": -(ratio*split.total[0] + split.total[1])/(1 + ratio), "inherent": list(split.inherent),
+            "imbalance": list(split.imbalance), "clean_margin": a1, "robust_margin": s, "standard_margin": a0,
+            "collapse_ratio": None if limit == math.inf else limit, "collapsed": t1 == math.inf, "standard_collapsed": t0 == math.inf}
 
 # %% ../../nbs/09f_disparity_trials.ipynb #4dea35ee
 @computes(TheoryConfig)
