@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['LAWS', 'DATASETS', 'ROWS', 'NETWORK_ROWS', 'LARGE', 'ABSTRACT', 'FOURTH', 'NETWORKS', 'DisparityParameters',
-           'check_study', 'model_of', 'row_of', 'trial_configs', 'network_configs', 'theory_configs', 'large_configs',
-           'abstract_intervals', 'abstract_claims', 'network_claim', 'CompareParameters', 'compared']
+           'ProtocolParameters', 'TailParameters', 'check_study', 'model_of', 'row_of', 'trial_configs',
+           'network_configs', 'theory_configs', 'large_configs', 'abstract_intervals', 'abstract_claims',
+           'network_claim', 'CompareParameters', 'compared']
 
 # %% ../../nbs/09g_disparity_study.ipynb #4c680e46
 import itertools
@@ -49,6 +50,19 @@ class DisparityParameters:
     profile: str = "auto"
     save: bool = False # write pictures and tables to figures/
     force: bool = False # let a lower profile overwrite a better one's figures
+
+# %% ../../nbs/09g_disparity_study.ipynb #c9775e41
+@dataclass(frozen=True)
+class ProtocolParameters(DisparityParameters):
+    "The parameters of `10a_disparity_protocols`"
+    dataset: str = "gaussian"
+    ratio: tuple[float, ...] | None = (2., 10.)
+
+@dataclass(frozen=True)
+class TailParameters(DisparityParameters):
+    "The parameters of `10b_disparity_tails`"
+    protocol: tuple[str, ...] = ("exact",)
+    eps: tuple[float, ...] = (.5, .75)
 
 # %% ../../nbs/09g_disparity_study.ipynb #2025a30a
 LAWS = ("gaussian", *ALPHAS, "stable")
