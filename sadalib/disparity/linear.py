@@ -135,7 +135,7 @@ def linear_accuracy(
     right = robust_margins(u, c, x, signs, norm=norm, eps=eps, box=box) > 0
     return torch.stack([right[..., signs < 0].double().mean(-1), right[..., signs > 0].double().mean(-1)], -1)
 
-# %% ../../nbs/09c_disparity_linear.ipynb #204a29db
+# %% ../../nbs/09c_disparity_linear.ipynb #e26ea1f4
 def population_accuracy(
     u: Tensor, c: Tensor, # weights (..., d) and biases (...)
     mean, # mu, (d,)
@@ -150,9 +150,11 @@ def population_accuracy(
         raise SadalibError("either sigma (Gaussian) or alpha (stable) is expected: give one.")
     u, c, mean = (torch.as_tensor(t, dtype=torch.float64) for t in (u, c, mean))
     reach = (u @ mean - eps*dual_norm(u, norm))[..., None] + c[..., None]*torch.tensor([-1., 1.], dtype=torch.float64)
-    if sigma is not None: return torch.special.ndtr(reach/(sigma*u.norm(dim=-1))[..., None])
-    spread = u.abs().pow(alpha).sum(-1).pow(1/alpha) # type: ignore[arg-type, operator]
-    return torch.as_tensor(stable_cdf(reach/spread[..., None], alpha)) # type: ignore[arg-type]
+    spread = sigma*u.norm(dim=-1) if sigma is not None else u.abs().pow(alpha).sum(-1).pow(1/alpha) # type: ignore
+    margins = torch.where(spread[..., None] > 0, reach/spread[..., None], torch.where(reach > 0, torch.inf, -torch.inf))
+    if sigma is not None: return torch.special.ndtr(margins)
+    finite = margins.clamp(-1e300, 1e300) # weights of 0 leave the bias alone to decide
+    return torch.as_tensor(stable_cdf(finite, alpha)) # type: ignore[arg-type]
 
 # %% ../../nbs/09c_disparity_linear.ipynb #ff54f795
 def _row(cells) -> str: return "| " + " | ".join(str(c) for c in cells) + " |"

@@ -237,6 +237,20 @@ def _along(x: np.ndarray, alpha: float, power: int, chunk: int = 4096) -> np.nda
     parts = [np.exp(1j*np.outer(part, z)) @ factor for part in np.split(flat, range(chunk, flat.size, chunk))]
     return np.concatenate(parts).reshape(x.shape)
 
+# %% ../../nbs/09a_disparity_theory.ipynb #bd11cbb7
+def _tail(x: np.ndarray, alpha: float, power: int) -> np.ndarray: # like x
+    "Far from 0: the upper tail (`power` 0), the density (1), minus its derivative (2); Bergstrom's series"
+    k = np.arange(1, 5)
+    factors = [(-1)**(i + 1)*math.gamma(i*alpha + power)*math.sin(i*math.pi*alpha/2)/math.factorial(i) for i in k.tolist()]
+    return (np.asarray(factors)*x[..., None]**(-alpha*k - power)).sum(-1)/math.pi
+
+def _near_and_far(x: np.ndarray, alpha: float, near: Callable, power: int) -> np.ndarray: # of x >= 0, like x
+    "`near`(x) up to where x^-alpha is 1e-5, the tail's series beyond"
+    far = x > 10**min(300., 5/alpha)
+    out = np.empty_like(x)
+    out[~far], out[far] = near(x[~far]), _tail(x[far], alpha, power)
+    return out
+
 # %% ../../nbs/09a_disparity_theory.ipynb #8f556a8a
 def _elementwise(f: Callable) -> Callable:
     "`f(x, alpha)` for numbers (back to a float), lists, arrays and tensors (back to an array)"
@@ -247,7 +261,7 @@ def _elementwise(f: Callable) -> Callable:
         return out if x.ndim else float(out)
     return wrapped
 
-# %% ../../nbs/09a_disparity_theory.ipynb #b728e004
+# %% ../../nbs/09a_disparity_theory.ipynb #20d2b7e4
 def stable_pdf(
     x, # number, or array of any shape
     alpha: float, # in (0, 2]; 2 is N(0, 2), 1 Cauchy, 1.5 Holtsmark
@@ -258,9 +272,9 @@ def stable_pdf(
 def _pdf(x: np.ndarray, alpha: float) -> np.ndarray:
     if alpha == 1: return 1/(math.pi*(1 + x**2))
     if alpha == 2: return np.exp(-x**2/4)/math.sqrt(4*math.pi)
-    return _along(np.abs(x), alpha, 1).real/math.pi
+    return _near_and_far(np.abs(x), alpha, lambda z: _along(z, alpha, 1).real/math.pi, 1)
 
-# %% ../../nbs/09a_disparity_theory.ipynb #18a0e12e
+# %% ../../nbs/09a_disparity_theory.ipynb #2a4d887b
 def stable_cdf(
     x, # number, or array of any shape
     alpha: float, # in (0, 2]
@@ -271,10 +285,11 @@ def stable_cdf(
 def _cdf(x: np.ndarray, alpha: float) -> np.ndarray:
     if alpha == 1: return .5 + np.arctan(x)/math.pi
     if alpha == 2: return torch.special.ndtr(torch.as_tensor(x)/math.sqrt(2)).numpy()
-    upper = (_ray(alpha)[3] + _along(np.abs(x), alpha, 0).imag)/math.pi # the pole at 0 gives the angle
-    return .5 + np.sign(x)*upper
+    def above(z): return .5 - (_ray(alpha)[3] + _along(z, alpha, 0).imag)/math.pi # the pole at 0 gives the angle
+    upper = _near_and_far(np.abs(x), alpha, above, 0)
+    return np.where(x > 0, 1 - upper, upper)
 
-# %% ../../nbs/09a_disparity_theory.ipynb #12a8d003
+# %% ../../nbs/09a_disparity_theory.ipynb #74c28668
 def stable_score(
     x, # number, or array of any shape
     alpha: float, # in (0, 2]
@@ -285,7 +300,9 @@ def stable_score(
 def _score(x: np.ndarray, alpha: float) -> np.ndarray:
     if alpha == 1: return 2*x/(1 + x**2)
     if alpha == 2: return x/2
-    return np.sign(x)*_along(np.abs(x), alpha, 2).imag/_along(np.abs(x), alpha, 1).real
+    x = np.clip(x, -1e60, 1e60) # beyond, density and derivative are both 0 in floating point
+    slope = _near_and_far(np.abs(x), alpha, lambda z: _along(z, alpha, 2).imag/math.pi, 2)
+    return np.sign(x)*slope/_pdf(x, alpha)
 
 # %% ../../nbs/09a_disparity_theory.ipynb #b2e0a343
 def _log_ratio(a: float, t: float, alpha: float) -> float:
