@@ -103,13 +103,13 @@ def model_of(
     "The model that `p` asks for: the paper has an MLP on CIFAR-10, linear rules elsewhere"
     return p.model or ("mlp" if p.dataset == "cifar10" else "linear")
 
-# %% ../../nbs/09g_disparity_study.ipynb #356abaf5
+# %% ../../nbs/09g_disparity_study.ipynb #b1000454
 _PUBLISHED: dict[str, Any] = dict(sizes=(4000, 1000, 1000), learning_rates=LEARNING_RATES, seeds=SEEDS, epochs=500, patience=50)
 _FEW: dict[str, Any] = dict(learning_rates=(.1, .05, .01), seeds=SEEDS[:2], epochs=50, sizes=(2000, 500, 1000))
 ROWS: dict[str, dict[str, dict[str, Any]]] = { # by profile and kind of data: what differs from the published protocol
     "smoke": {kind: dict(sizes=(400, 200, 400), learning_rates=(.01, .001), seeds=SEEDS[:2], epochs=20, patience=10,
                          data_seeds=(0, 1), ratio=(1., 5.)) for kind in ("law", "digits", "image", "own")},
-    "small": {"gaussian": dict(data_seeds=(0, 1, 2, 3, 4)), "law": dict(data_seeds=(0, 1, 2)),
+    "small": {"gaussian": dict(data_seeds=(0, 1, 2, 3, 4)), "law": dict(data_seeds=(0, 1, 2), seeds=SEEDS[:2]),
               "digits": dict(data_seeds=(0, 1, 2), learning_rates=(.1, .01, .001), seeds=SEEDS[:2]),
               "image": _FEW | dict(data_seeds=(0, 1)), "own": dict(data_seeds=(0, 1, 2))},
     "paper": {kind: dict(data_seeds=(0, 1, 2, 3, 4)) for kind in ("law", "digits", "image", "own")}}
@@ -146,12 +146,12 @@ def trial_configs(
         out[protocol, one.select, ratio, draw] = one
     return out
 
-# %% ../../nbs/09g_disparity_study.ipynb #e42479f9
+# %% ../../nbs/09g_disparity_study.ipynb #b478939e
 _RATES: dict[str, tuple[float, ...]] = {"standard": (.05, .01), "official": (.005,), "corrected": (.05,)}
 _CIFAR_RATES = (.005, .001, .0005, .0002, .0001) # the released grid of the attacked trainings
 NETWORK_ROWS: dict[str, dict[str, Any]] = {
     "smoke": dict(epochs=2, steps=2, sizes=(60, 30, 60), seeds=SEEDS[:2], data_seeds=(0,), ratio=(1., 5.), rates=_RATES),
-    "small": dict(epochs=12, steps=10, sizes=(1600, 400, 1000), seeds=SEEDS[:1], data_seeds=(0, 1, 2), ratio=(1., 2., 10.), rates=_RATES),
+    "small": dict(epochs=10, steps=10, sizes=(1600, 400, 1000), seeds=SEEDS[:1], data_seeds=(0, 1, 2), ratio=(1., 10.), rates=_RATES),
     "paper": dict(epochs=500, steps=None, sizes=(4000, 1000, 1000), seeds=SEEDS, data_seeds=(0, 1, 2, 3, 4), ratio=(1., 2., 5., 10.),
                   rates={"standard": LEARNING_RATES, "official": _CIFAR_RATES, "corrected": LEARNING_RATES})}
 
@@ -257,7 +257,7 @@ def abstract_claims(
 
 def _told(row: Any) -> str: return f"{row.value:+.3f} [{row.low:+.3f}, {row.high:+.3f}] ({row.what})"
 
-# %% ../../nbs/09g_disparity_study.ipynb #8f062ad1
+# %% ../../nbs/09g_disparity_study.ipynb #8031d032
 NETWORKS = "The disparity that robust training adds appears in a nonlinear model too (MLP, CIFAR-10 cat against dog)"
 
 def network_claim(
@@ -278,7 +278,7 @@ def network_claim(
     words = (f"{(told.low > 0).sum()} of {len(told)} intervals above 0; smallest {_told(told.iloc[0])}; largest {_told(told.iloc[-1])}")
     return Claim("disparity", NETWORKS, "10c_disparity_compare", int(told.draws.min()), 15, value=words,
                  verdict=verdict(zip(told.low, told.high, strict=True)), runs=runs,
-                 reason="corrected protocol, 12 epochs, 10 PGD steps, 1,600 images of the majority, one rate; reduced", **about)
+                 reason="corrected protocol, 10 epochs, 10 PGD steps, 1,600 images of the majority, one rate; reduced", **about)
 
 # %% ../../nbs/09g_disparity_study.ipynb #7580b097
 @dataclass(frozen=True)
