@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROFILES', 'BASE', 'METHODS', 'resolve_profile', 'TrainParameters', 'check_choices', 'source_domain', 'erm_config',
            'map_config', 'guide_config', 'build_method', 'train_config', 'check_effect', 'figure_name', 'MapParameters',
-           'measure_configs', 'BenchmarkParameters']
+           'measure_configs']
 
 # %% ../nbs/00i_recipes.ipynb #7701a0b2
 import os
@@ -282,14 +282,3 @@ def measure_configs(
 
 _SHARED = ("dataset", "source", "model", "weights", "size", "train_images", "batch_size", "lr", "precision",
            "map_images", "map_cutoff", "threads", "profile")
-
-# %% ../nbs/00i_recipes.ipynb #2bab8c81
-@dataclass(frozen=True)
-class BenchmarkParameters:
-    "The parameters of `14_benchmarks_measure`"
-    images: int | None = None
-    rounds: int | None = None
-    threads: int | None = None
-    profile: str = "auto"
-    save: bool = False
-    force: bool = False
