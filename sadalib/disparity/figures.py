@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-# %% ../../nbs/09h_disparity_figures.ipynb #616a66b7
+# %% ../../nbs/09h_disparity_figures.ipynb #55d15eb7
 KEYS = ("data", "protocol", "norm", "fraction", "ratio")
 
 def over_draws(
@@ -30,7 +30,8 @@ def over_draws(
     import pandas as pd
     rows = []
     for key, part in frame.groupby(list(keys), sort=False):
-        values = part.groupby("data_seed")[value].mean()
+        values = part.groupby("data_seed")[value].mean().dropna() # a draw may have lost its standard rule
+        if not len(values): continue
         found = mean_interval(values.tolist())
         error = float(values.std()/len(values)**.5) if len(values) > 1 else math.nan
         rows.append({**dict(zip(keys, key, strict=True)), "mean": float(found.value), "low": float(found.low),

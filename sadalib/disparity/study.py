@@ -8,11 +8,11 @@ __all__ = ['LAWS', 'DATASETS', 'ROWS', 'NETWORK_ROWS', 'LARGE', 'ABSTRACT', 'FOU
            'network_configs', 'theory_configs', 'large_configs', 'abstract_intervals', 'abstract_claims',
            'network_claim', 'CompareParameters', 'compared']
 
-# %% ../../nbs/09g_disparity_study.ipynb #4c680e46
+# %% ../../nbs/09g_disparity_study.ipynb #e6d41795
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..data import available
 from .linear import LEARNING_RATES, SEEDS
@@ -28,10 +28,11 @@ from ..yardsticks import mean_interval
 if TYPE_CHECKING:
     from pandas import DataFrame
 
-# %% ../../nbs/09g_disparity_study.ipynb #65ff2736
+# %% ../../nbs/09g_disparity_study.ipynb #f89bc771
 @dataclass(frozen=True)
 class DisparityParameters:
     "The parameters of `10_disparity_train`"
+    fixed: ClassVar[tuple[str, ...]] = () # fields that are no parameters of an experiment
     dataset: str = "digits" # gaussian | cauchy | holtsmark | stable | digits | mnist | fashion_mnist | cifar10 | own
     protocol: tuple[str, ...] = ("official", "corrected", "exact")
     norm: tuple[str, ...] = ("l2", "linf")
@@ -51,20 +52,22 @@ class DisparityParameters:
     save: bool = False # write pictures and tables to figures/
     force: bool = False # let a lower profile overwrite a better one's figures
 
-# %% ../../nbs/09g_disparity_study.ipynb #c9775e41
+# %% ../../nbs/09g_disparity_study.ipynb #a617df3a
 @dataclass(frozen=True)
 class ProtocolParameters(DisparityParameters):
     "The parameters of `10a_disparity_protocols`"
+    fixed: ClassVar[tuple[str, ...]] = ("protocol", "model", "alpha", "pair", "file", "train_points")
     dataset: str = "gaussian"
     ratio: tuple[float, ...] | None = (2., 10.)
 
 @dataclass(frozen=True)
 class TailParameters(DisparityParameters):
     "The parameters of `10b_disparity_tails`"
+    fixed: ClassVar[tuple[str, ...]] = ("dataset", "seeds", "model", "alpha", "pair", "file", "learning_rates", "epochs", "train_points")
     protocol: tuple[str, ...] = ("exact",)
     eps: tuple[float, ...] = (.5, .75)
 
-# %% ../../nbs/09g_disparity_study.ipynb #2025a30a
+# %% ../../nbs/09g_disparity_study.ipynb #cd29f565
 LAWS = ("gaussian", *ALPHAS, "stable")
 DATASETS = (*LAWS, *IMAGE_PAIRS, "own")
 _CHOICES: dict[str, tuple] = {"dataset": DATASETS, "model": ("linear", "mlp", "vgg11_bn"), "profile": ("auto", *PROFILES)}
@@ -78,11 +81,20 @@ def check_study(
         values = getattr(p, name) if name in _LISTS else (getattr(p, name),)
         for value in values:
             if value is not None and value not in known: raise SadalibError(f"unknown {name} `{value}`{did_you_mean(value, known)}")
-    for name in ("protocol", "norm", "eps"):
-        if not getattr(p, name): raise SadalibError(f"parameter `{name}` is empty: name at least one.")
+    for name in p.fixed:
+        if getattr(p, name) != getattr(type(p)(), name):
+            raise SadalibError(f"unknown parameter `{name}`: this experiment sets it itself, leave it out.")
+    for f in fields(p):
+        values = getattr(p, f.name)
+        if values == (): raise SadalibError(f"parameter `{f.name}` is empty: name at least one.")
+        if isinstance(values, tuple) and len(set(values)) < len(values):
+            raise SadalibError(f"parameter `{f.name}` names {values} with one value twice: name each once.")
     if bad := [f for f in p.eps if not 0 < f <= 1]:
         raise SadalibError(f"eps is {bad[0]:g}, but a fraction of ||mu|| above 0 and at most 1 is expected: beyond 1 the "
                            "adversary exchanges the classes.")
+    if min(p.eps) == 1: raise SadalibError("eps 1 alone is the degenerate point, where no robust rule is left: add a smaller one.")
+    if p.train_points is not None and p.train_points < 8:
+        raise SadalibError(f"train_points is {p.train_points}, but at least 8 points of the majority are needed.")
     if bad := [r for r in p.ratio or () if r < 1]:
         raise SadalibError(f"ratio is {bad[0]:g}, but majority to minority is at least 1: exchange the classes.")
     _check_belongs(p)
@@ -94,6 +106,10 @@ def _check_belongs(p: DisparityParameters) -> None:
             raise SadalibError(f"dataset `{data}` and parameter `{name}` go together: give both or none.")
     if p.pair is not None and (p.dataset not in IMAGE_PAIRS or len(p.pair) != 2):
         raise SadalibError("parameter `pair` names the majority and the minority class of an image set: give two numbers.")
+    if p.dataset == "stable" and (p.alpha or 0) < 1 and "l2" in p.norm:
+        raise SadalibError(f"alpha is {p.alpha:g}: below 1 there is no theory for the l2 ball, so take norm linf.")
+    if p.train_points is not None and p.dataset == "own":
+        raise SadalibError("parameter `train_points` has no effect on your own file: leave it out.")
     if model_of(p) != "linear" and p.dataset not in IMAGE_PAIRS:
         raise SadalibError(f"model `{p.model}` takes images in [0, 1], but {p.dataset} has none: leave `model` out.")
 
@@ -280,7 +296,7 @@ def network_claim(
                  verdict=verdict(zip(told.low, told.high, strict=True)), runs=runs,
                  reason="corrected protocol, 10 epochs, 10 PGD steps, 1,600 images of the majority, one rate; reduced", **about)
 
-# %% ../../nbs/09g_disparity_study.ipynb #7580b097
+# %% ../../nbs/09g_disparity_study.ipynb #6d39ba93
 @dataclass(frozen=True)
 class CompareParameters:
     "The parameters of `10c_disparity_compare`"
@@ -295,6 +311,7 @@ def compared(
     p: CompareParameters,
 ) -> tuple[list[str], list[str]]: # data sets, and those of the paper's that are left out
     "The data sets to compare; at the smoke profile the embedded digits stand for images"
+    if not p.eps: raise SadalibError("parameter `eps` is empty: name at least one.")
     if bad := [f for f in p.eps if not 0 < f < 1]:
         raise SadalibError(f"eps is {bad[0]:g}, but fractions of ||mu|| between 0 and 1 are compared: 1 is degenerate.")
     smoke = resolve_profile(p.profile) == "smoke"
