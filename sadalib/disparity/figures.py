@@ -39,9 +39,9 @@ def over_draws(
     if not rows: raise SadalibError(f"there is nothing to average for {value}: the frame is empty.")
     return pd.DataFrame(rows)
 
-# %% ../../nbs/09h_disparity_figures.ipynb #5d6db53b
+# %% ../../nbs/09h_disparity_figures.ipynb #d5e96592
 MAJORITY, MINORITY = "#1b6ca8", "#d9772b"
-_STRENGTHS = {.25: "#8fc3a8", .5: "#2a9d8f", .75: "#7b3294"}
+_STRENGTHS = {.1: "#c7a76c", .25: "#8fc3a8", .5: "#2a9d8f", .75: "#7b3294"}
 _LINES: dict[str, tuple[Any, str]] = {"official": (":", "s"), "official, robust selection": ("-.", "v"),
                                      "corrected, clean selection": ("-.", "^"), "corrected": ("--", "o"), "exact": ("-", "D"),
                                      "large sample": ((0, (1, 1)), "*")}
