@@ -238,7 +238,7 @@ def image_problem(
     full = part("train", n[0], 1.) # the radii are those of the balanced set, at every ratio
     return Problem(name, float(ratio), full.half_difference, train, valid, test, part("test", n[2], 1.), (0., 1.))
 
-# %% ../../nbs/09b_disparity_pairs.ipynb #fc8116bc
+# %% ../../nbs/09b_disparity_pairs.ipynb #2435f2bf
 def array_problem(
     x, # features, (N, d)
     y, # labels of two values, (N,): the more frequent one is the majority
@@ -253,13 +253,14 @@ def array_problem(
     check_box(x, box)
     sides = sorted(((signs < 0).nonzero()[:, 0], (signs > 0).nonzero()[:, 0]), key=len, reverse=True)
     rows = [side[torch.randperm(len(side), generator=seeded("own", seed, k))] for k, side in enumerate(sides)]
-    def part(start, stop, r):
-        many, few = (row[int(start*len(row)):int(stop*len(row))] for row in rows)
+    ends = [(0, a := int(.6*len(row)), max(int(.75*len(row)), a + 2), len(row)) for row in rows]
+    def part(k, r):
+        many, few = (row[end[k]:end[k + 1]] for row, end in zip(rows, ends, strict=True))
         counts = class_sizes(min(len(many), int(len(few)*check_ratio(r))), r)
         both = torch.cat([many[:counts[0]], few[:counts[1]]])
         return TwoClasses(x[both], torch.repeat_interleave(torch.arange(2), torch.tensor(counts)))
-    train, valid, test = (part(start, stop, ratio) for start, stop in ((0, .6), (.6, .75), (.75, 1)))
-    full, balanced = part(0, .6, 1.), part(.75, 1, 1.)
+    train, valid, test = (part(k, ratio) for k in range(3))
+    full, balanced = part(0, 1.), part(2, 1.)
     return Problem(name, float(ratio), full.half_difference, train, valid, test, balanced, box)
 
 # %% ../../nbs/09b_disparity_pairs.ipynb #553e2538

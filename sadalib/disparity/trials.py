@@ -56,7 +56,7 @@ class TrialConfig:
     checksum: str | None = None # sha256 of `file`
     threads: int = 1
 
-# %% ../../nbs/09f_disparity_trials.ipynb #c2cf0c74
+# %% ../../nbs/09f_disparity_trials.ipynb #3a89ffef
 def own_file(
     path: str | Path, # an .npz that holds `x` (N, d) and `y` (N,), two values
 ) -> dict[str, str]: # the fields of a configuration that name it
@@ -70,16 +70,16 @@ def own_file(
 def _arrays(path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as held: return held["x"], held["y"]
-    except (KeyError, ValueError, OSError, AttributeError) as e:
-        raise SadalibError(f"{path} does not hold arrays x and y ({e}): save it by numpy.savez(path, x=..., y=...).") from None
+    except (KeyError, ValueError, OSError, AttributeError, TypeError):
+        raise SadalibError(f"{path} does not hold arrays x and y of numbers: save it by numpy.savez(path, x=..., y=...).") from None
 
-# %% ../../nbs/09f_disparity_trials.ipynb #ac37e33d
+# %% ../../nbs/09f_disparity_trials.ipynb #7da26ef1
 def problem_of(
     config: TrialConfig,
 ) -> Problem:
     "The draw that `config` names"
     if config.data == "own":
-        if hashlib.sha256(Path(config.file or "").read_bytes()).hexdigest() != config.checksum:
+        if own_file(config.file or "")["checksum"] != config.checksum:
             raise SadalibError(f"{config.file} was changed since its checksum was taken: start over with the new file.")
         return array_problem(*_arrays(config.file), config.ratio, seed=config.data_seed) # type: ignore[arg-type]
     options: dict[str, Any] = {"sizes": config.sizes} if config.sizes else {}
@@ -87,12 +87,12 @@ def problem_of(
     if config.pair: options["pair"] = config.pair
     return two_class_problem(config.data, config.ratio, seed=config.data_seed, **options)
 
-# %% ../../nbs/09f_disparity_trials.ipynb #e25d7dc2
+# %% ../../nbs/09f_disparity_trials.ipynb #a1694e71
 def settings_of(
     config: TrialConfig, problem: Problem,
 ) -> tuple[list[tuple[str, float, float]], list[str]]: # (norm's name, fraction, eps), and what was refused, in sentences
     "The adversaries of a trial; heavy tails can put a radius beyond the sample's own half distance, where none is left"
-    wanted = [(n, f) for n in config.norms for f in config.fractions if f or n == config.norms[0]]
+    wanted = dict.fromkeys((n, f) for n in config.norms for f in config.fractions if f or n == config.norms[0])
     x, signs, _ = check_points(*problem.train)
     kept, refused = [], []
     for name, fraction in wanted:
@@ -188,7 +188,7 @@ def _compute(run: Run) -> None:
         finish(run, rows + _under_attack(config, problem, settings, rows, tensors), refused=refused, datasets=sums, **told,
                **about)
 
-# %% ../../nbs/09f_disparity_trials.ipynb #fbb6e280
+# %% ../../nbs/09f_disparity_trials.ipynb #e28c22af
 def trial_frame(
     runs: Sequence[Run], # finished trials
 ) -> "DataFrame": # data, protocol, ratio, data_seed, norm, fraction, eps, seed, then what `measured` gives
@@ -202,6 +202,7 @@ def trial_frame(
         name = c.protocol if c.select is None else f"{c.protocol}, {c.select} selection"
         rows += [{"data": c.data, "protocol": name, "ratio": c.ratio, "data_seed": c.data_seed, **row, "run": run.id}
                  for row in record(run)["metrics"] if row["metric"] == "disparity"]
+    if not rows: raise SadalibError("none of these trials left a rule, every training ended in NaN: lower the learning rates.")
     frame = pd.DataFrame(rows).drop(columns="metric").rename(columns={"value": "disparity"})
     if "population" in frame:
         for name in ("population", "population_robust"):
