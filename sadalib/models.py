@@ -7,7 +7,7 @@ __all__ = ['STATISTICS', 'NETWORKS', 'IMAGENET_URL', 'DigitNet', 'TinyNet', 'Bas
            'WideResNet', 'Normalised', 'statistics', 'Network', 'count_parameters', 'ModelRow', 'ModelList',
            'list_models', 'imagenet_file', 'create_model', 'frozen']
 
-# %% ../nbs/00c_models.ipynb #dd3bfef8
+# %% ../nbs/00c_models.ipynb #20359560
 import contextlib, functools, hashlib, os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .runs import SadalibError, data_root, did_you_mean
+from .shake_networks import PyramidNet, ShakeShake, imagenet_resnet
 
 # %% ../nbs/00c_models.ipynb #5dc05c43
 class DigitNet(nn.Module):
@@ -193,7 +194,7 @@ def _own_seed(seed: int | None) -> Iterator[None]:
         torch.default_generator.manual_seed(int.from_bytes(os.urandom(7), "big") if seed is None else seed)
         yield
 
-# %% ../nbs/00c_models.ipynb #7abd0000
+# %% ../nbs/00c_models.ipynb #777baf2d
 @dataclass(frozen=True)
 class Network:
     "How one network of the listing is built"
@@ -212,12 +213,26 @@ def _resnet18(classes: int, channels: int, size: tuple[int, int]) -> nn.Module:
     return net
 
 _HE, _ZAGORUYKO = "He et al. 2016 (CVPR), section 4.2", "Zagoruyko & Komodakis 2016 (BMVC)"
+_SHAKE, _DROP = "Gastaldi 2017 (Shake-Shake)", "Han et al. 2017 (CVPR); Yamada et al. 2019 (ShakeDrop)"
+_PHOTO = "He et al. 2016 (CVPR), table 1; D: He et al. 2019 (CVPR), figure 2; torchvision's blocks"
+_STEM = {32: "batchnorm", 96: "bias", 112: "bias"} # as counted in the published networks
+_DEPTHS: dict[str, tuple[tuple[int, int, int, int], bool]] = { # blocks of each stage, whether the D variant
+    "resnet50": ((3, 4, 6, 3), False), "resnet50d": ((3, 4, 6, 3), True), "resnet200": ((3, 24, 36, 3), False)}
+
 NETWORKS = {
     "digitnet": Network(DigitNet, "Xu et al. 2021 (ICLR, RandConv)", smallest=16, fixed=True),
     **{f"resnet{d}": Network(lambda classes, channels, size, d=d: CifarResNet(d, classes, channels), # type: ignore[misc]
                              _HE, statistics="cifar10") for d in (20, 32, 44, 56, 110)},
     **{f"wrn_{d}_{k}": Network(lambda classes, channels, size, d=d, k=k: WideResNet(d, k, classes, channels), # type: ignore[misc]
-                               _ZAGORUYKO, statistics="cifar10") for d, k in ((16, 1), (16, 4), (40, 2))},
+                               _ZAGORUYKO, statistics="cifar10") for d, k in ((16, 1), (16, 4), (40, 2), (28, 10))},
+    **{f"shake_shake_26_2x{w}d": Network(lambda classes, channels, size, w=w: # type: ignore[misc]
+                                         ShakeShake(26, w, classes, channels, stem=_STEM[w]),
+                                         _SHAKE, statistics="cifar10") for w in _STEM},
+    "pyramidnet_272_shakedrop": Network(lambda classes, channels, size: PyramidNet(272, 200, classes, channels),
+                                        _DROP, statistics="cifar10"),
+    **{name: Network(lambda classes, channels, size, blocks=blocks, deep=deep: # type: ignore[misc]
+                     imagenet_resnet(blocks, classes, channels, deep=deep), _PHOTO, 224, 32, "imagenet")
+       for name, (blocks, deep) in _DEPTHS.items()},
     "resnet18": Network(_resnet18, "He et al. 2016 (CVPR), table 1; torchvision", 224, 32, "imagenet"),
     "tinynet": Network(TinyNet, "ours, for tests and demonstrations", fixed=True)}
 
@@ -243,11 +258,12 @@ class ModelList(list):
         rows = [f"| `{r.name}` | {r.parameters:,} | {r.size} | {r.source} |" for r in self]
         return "\n".join(["| name | parameters | native size | source |", "|---|--:|--:|---|", *rows])
 
-# %% ../nbs/00c_models.ipynb #a32e4a2d
+# %% ../nbs/00c_models.ipynb #2b7ade2d
 @functools.cache
 def _parameters(name: str) -> int:
     "Parameters of network `name` at 10 classes, 3 channels and its native size"
-    with _own_seed(0): return count_parameters(NETWORKS[name].build(10, 3, (NETWORKS[name].size,)*2))
+    card = NETWORKS[name]
+    with _own_seed(0), torch.device("meta"): return count_parameters(card.build(10, 3, (card.size,)*2))
 
 # %% ../nbs/00c_models.ipynb #35d67adc
 def list_models() -> list[ModelRow]: # in the order of `NETWORKS`

@@ -12,7 +12,12 @@ from sadalib.runs import SadalibError, cpu_threads
 
 COUNTS = {"digitnet": 4_547_466, "resnet20": 269_722, "resnet32": 464_154, "resnet44": 658_586, "resnet56": 853_018,
           "resnet110": 1_727_962, "wrn_16_1": 175_066, "wrn_16_4": 2_748_890, "wrn_40_2": 2_243_546,
-          "resnet18": 11_181_642, "tinynet": 6_666}
+          "wrn_28_10": 36_479_194, "shake_shake_26_2x32d": 2_923_162, "shake_shake_26_2x96d": 26_192_906,
+          "shake_shake_26_2x112d": 35_640_426, "pyramidnet_272_shakedrop": 26_210_842, "resnet50": 23_528_522,
+          "resnet50d": 23_547_754, "resnet200": 62_645_322, "resnet18": 11_181_642, "tinynet": 6_666}
+
+LARGE = {"resnet18", "resnet110", "wrn_28_10", "shake_shake_26_2x96d", "shake_shake_26_2x112d", "resnet50", "resnet50d",
+         "resnet200", "pyramidnet_272_shakedrop"} # slow to build or run; their blocks are tested in test_shake_networks
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,9 +45,20 @@ def flags(model):
 
 def test_parameter_counts_are_exact():
     assert {row.name: row.parameters for row in list_models()} == COUNTS
-    for name in COUNTS.keys() - {"resnet18", "resnet110"}:
+    for name in COUNTS.keys() - LARGE:
         assert count_parameters(create_model(name, seed=0)) == COUNTS[name]
     assert count_parameters(create_model("wrn_40_2", 100)) == 2_255_156
+
+
+def test_large_networks_take_images():
+    with torch.device("meta"):
+        for name in LARGE - {"resnet18", "resnet110"}:
+            card = NETWORKS[name]
+            assert card.build(10, 3, (32, 32)).eval()(torch.zeros(2, 3, card.size, card.size)).shape == (2, 10), name
+        assert count_parameters(NETWORKS["resnet50"].build(1000, 3, (224, 224))) == 25_557_032
+        assert count_parameters(NETWORKS["resnet50d"].build(1000, 3, (224, 224))) == 25_576_264
+        assert count_parameters(NETWORKS["resnet200"].build(1000, 3, (224, 224))) == 64_673_832
+        assert count_parameters(NETWORKS["wrn_28_10"].build(100, 3, (32, 32))) == 36_536_884
 
 
 def test_listing_is_a_table():
@@ -50,7 +66,7 @@ def test_listing_is_a_table():
     assert len(table) == 2 + len(NETWORKS) and all(row.source for row in list_models())
 
 
-@pytest.mark.parametrize("name", [n for n in COUNTS if n != "resnet110"])
+@pytest.mark.parametrize("name", [n for n in COUNTS if n not in LARGE - {"resnet18"}])
 def test_shapes_layouts_and_gradients(name):
     model, images = create_model(name, 7, seed=0).eval(), batch(2, 3, 32, 32)
     logits = model(images)

@@ -551,7 +551,7 @@ def drawn_policies(
     if sub_policies is None: return table.expand(m, -1, -1, -1)
     return table[randint(0, len(table), m, sub_policies, generator=generator).to(table.device)]
 
-# %% ../../nbs/05b_advaa_controller.ipynb #5cb26c82
+# %% ../../nbs/05b_advaa_controller.ipynb #d3d9abe1
 @dataclass(eq=False)
 class PolicyLog:
     "The policies of every epoch, with the names of the operations that their numbers mean"
@@ -559,6 +559,7 @@ class PolicyLog:
     levels: int = 10
     meta: dict[str, Any] = field(default_factory=dict) # whatever JSON can write: data set, model, seed
     policies: Tensor = field(default_factory=lambda: torch.zeros(0, 0, 0, 2, 2).long()) # (epochs, M, Q, 2, 2)
+    curves: dict[str, Tensor] = field(default_factory=dict) # numbers of each epoch, as losses (epochs, M)
 
     def __post_init__(self) -> None:
         self.operations, epochs = tuple(self.operations), self.policies
@@ -571,21 +572,25 @@ class PolicyLog:
         epochs, m, q = self.policies.shape[:3]
         return f"PolicyLog({epochs} epochs of {m} policies, {q} sub-policies each, {len(self.operations)} operations)"
 
-    def add(self, policies: Tensor) -> None:
-        "Append the `policies` (M, Q, 2, 2) of an epoch"
+    def add(self, policies: Tensor, **numbers: float | Tensor) -> None:
+        "Append the `policies` (M, Q, 2, 2) of an epoch, and its `numbers` to `curves`"
         policies = _checked(policies, len(self.operations), self.levels)[None].cpu()
         if len(self) and policies.shape[1:] != self.policies.shape[1:]:
             raise SadalibError(f"policies have shape {tuple(policies.shape[1:])}, but the log holds "
                                f"{tuple(self.policies.shape[1:])}: begin another log.")
         self.policies = torch.cat([self.policies, policies]) if len(self) else policies
+        for name, number in numbers.items():
+            row = torch.as_tensor(number).detach().float().cpu()[None]
+            self.curves[name] = torch.cat([self.curves[name], row]) if name in self.curves else row
 
     def save(self, path: str | Path) -> Path:
         "Write the log as safetensors"
         about = dict(kind="policy log", operations=list(self.operations), levels=self.levels, meta=self.meta)
         small = torch.uint8 if max(len(self.operations), self.levels) < 256 else torch.int32
-        return save_tensors(path, {"policies": self.policies.to(small)}, about)
+        curves = {f"curves.{name}": values for name, values in self.curves.items()}
+        return save_tensors(path, {"policies": self.policies.to(small), **curves}, about)
 
-# %% ../../nbs/05b_advaa_controller.ipynb #e4f260ed
+# %% ../../nbs/05b_advaa_controller.ipynb #f77a75f5
 def load_policies(
     path: str | Path, # made by `PolicyLog.save`
 ) -> PolicyLog:
@@ -596,7 +601,8 @@ def load_policies(
             not isinstance(levels, int):
         raise SadalibError(f"{path} is no log of policies (epochs, M, Q, 2, 2): choose a file that `PolicyLog.save` "
                            "wrote.")
-    return PolicyLog(names, levels, about.get("meta", {}), _checked(found, len(names), levels))
+    curves = {k.removeprefix("curves."): v for k, v in tensors.items() if k.startswith("curves.")}
+    return PolicyLog(names, levels, about.get("meta", {}), _checked(found, len(names), levels), curves)
 
 # %% ../../nbs/05b_advaa_controller.ipynb #3296ba32
 def replay(
