@@ -288,7 +288,7 @@ def abstract_claims(
 
 def _told(row: Any) -> str: return f"{row.value:+.3f} [{row.low:+.3f}, {row.high:+.3f}] ({row.what})"
 
-# %% ../../nbs/09g_disparity_study.ipynb #8da3f2e0
+# %% ../../nbs/09g_disparity_study.ipynb #eb4491b4
 NETWORKS = "The disparity that robust training adds appears in a nonlinear model too (MLP, CIFAR-10 cat against dog)"
 
 def network_claim(
@@ -302,7 +302,7 @@ def network_claim(
     if not len(rows):
         return Claim("disparity", NETWORKS, "10c_disparity_compare", 0, 0, value=None, verdict=VERDICTS[3],
                      reason="CIFAR-10 is not prepared or networks are left out of this profile: `papermill nbs/10_disparity_train.ipynb "
-                     "out.ipynb -p dataset cifar10 -p eps 0.1,0.25 -p protocol corrected -p profile small` takes 5 minutes on two "
+                     "out.ipynb -p dataset cifar10 -p eps 0.1,0.25 -p profile small` takes 9 minutes on two "
                      "CPU cores", **about)
     import pandas as pd
     told = pd.DataFrame([{"what": f"{n}, {f:g} ||mu||, R = {r:g}", **_interval(part.groupby("data_seed").gap_disparity.mean())}
