@@ -8,7 +8,7 @@ __all__ = ['AUGMENTATIONS', 'RESIDENT', 'Method', 'jitter_noise', 'crop_and_flip
            'save_checkpoint', 'resume', 'end_epoch', 'fit', 'TrainConfig', 'training_data', 'load_model',
            'evaluation_sets', 'train', 'EvalConfig', 'evaluate_run', 'evaluated']
 
-# %% ../nbs/00d_training.ipynb #e6acfbd2
+# %% ../nbs/00d_training.ipynb #cb12d90e
 import contextlib, math, os, time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .data import ImageSet, available, load
+from .data.folders import is_folder
 from .models import create_model
 from .runs import (Log, Progress, Run, SadalibError, Shard, computes, cpu_threads, did_you_mean, finish,
                           load_tensors, open_run, rand, randint, randn, record, require, save_tensors, seeded)
@@ -478,7 +479,7 @@ def _load(config: TrainConfig, name: str, split: str, limit: int | None = None) 
     "Data set `name` in the shape that `config` wants"
     return load(name, split, size=config.size, channels=config.channels, limit=limit)
 
-# %% ../nbs/00d_training.ipynb #c15debca
+# %% ../nbs/00d_training.ipynb #5e5809ab
 def training_data(
     config: TrainConfig,
 ) -> tuple[ImageSet, ImageSet | None]: # train, valid
@@ -489,7 +490,7 @@ def training_data(
                            "ask for fewer.")
     if config.valid_images == 0: return data, None
     valid = _load(config, config.data, "valid")
-    at = _held_out_at(data, valid)
+    at = None if is_folder(config.data) else _held_out_at(data, valid) # folders hold their own part out
     if at is not None and config.train_images is not None:
         raise SadalibError(f"the first {config.train_images} images of {config.data} reach into the {len(valid)} held "
                            f"out for validation: use at most {at}, or valid_images 0.")

@@ -188,13 +188,64 @@ def test_cifar10_binary(site, tmp_path):
     assert arrays(folder, "test")[1].tolist() == [4]
 
 
-def corruptions():
-    def npy(array):
-        np.save(out := io.BytesIO(), array)
-        return out.getvalue()
-    files = {name: npy(pixels(10, 32, 32, 3)) for name in CATALOGUE["cifar10_c"].parts if name != "labels"}
+def test_cifar100_binary(site, tmp_path):
+    images = pixels(3, 32, 32, 3)
+    rows = [bytes([coarse, fine]) + images[i].transpose(2, 0, 1).tobytes()
+            for i, (coarse, fine) in enumerate([(19, 99), (0, 40), (4, 7)])]
+    files = {"cifar-100-binary/test.bin": rows[2], "cifar-100-binary/train.bin": rows[0] + rows[1],
+             "cifar-100-binary/fine_label_names.txt": b"apple\n"}
+    folder = made(site, tmp_path, served(site, "cifar100", [tarred(files)], {"train": 2, "test": 1}))
+    got, labels = arrays(folder, "train")
+    assert labels.tolist() == [99, 40] and (got == images[:2]).all()
+    assert arrays(folder, "test")[1].tolist() == [7]
+
+
+@pytest.mark.parametrize("body, says", [
+    (bytes([20, 3]) + bytes(3072), "coarse labels above 19"), (bytes([3, 100]) + bytes(3072), "labels 100..100"),
+    (bytes(3073), "no whole train.bin"), (b"", "no whole train.bin")])
+def test_cifar100_that_is_another_file(site, tmp_path, body, says):
+    files = {"x/test.bin": bytes(3074), "x/train.bin": body}
+    card = served(site, "cifar100", [tarred(files)], {"train": 1, "test": 1})
+    with pytest.raises(SadalibError, match=says): prepare("cifar100", tmp_path, card=card, echo=lambda text: None)
+    assert not (tmp_path / "cifar100").exists()
+
+
+def npy(array):
+    np.save(out := io.BytesIO(), array)
+    return out.getvalue()
+
+
+def test_cifar10_p_arrays(site, tmp_path):
+    files = {name: npy(pixels(6, 2, 32, 32, 3)) for name in CATALOGUE["cifar10_p"].parts}
+    body = tarred({f"CIFAR-10-P/{name}.npy": content for name, content in files.items()}, "w")
+    folder = made(site, tmp_path, card := served(site, "cifar10_p", [body], {"test": 6}))
+    assert (folder / "tilt.npy").read_bytes() == files["tilt"] and len(list(folder.glob("*.npy"))) == 20
+    again = prepare("cifar10_p", tmp_path / "b", source=folder, card=card, echo=lambda text: None)
+    assert (again / "snow.npy").read_bytes() == files["snow"] and (folder / "snow.npy").is_file()
+    for wrong in (pixels(6, 32, 32, 3), pixels(5, 2, 32, 32, 3), pixels(6, 1, 32, 32, 3), np.zeros((6, 2, 32, 32, 3))):
+        np.save(folder / "tilt.npy", wrong)
+        refused(lambda: prepare("cifar10_p", tmp_path / "c", source=folder, card=card, echo=lambda text: None),
+                "tilt.npy is", folder=tmp_path / "c")
+    (folder / "checksums.json").unlink()
+    assert check_set("cifar10_p", tmp_path, card=card)["status"] == "damaged"
+    (folder / "tilt.npy").unlink()
+    assert check_set("cifar10_p", tmp_path, card=card)["status"] == "ok"  # a part of the files, by hand
+
+
+def corruptions(name="cifar10_c"):
+    files = {part: npy(pixels(10, 32, 32, 3)) for part in CATALOGUE[name].parts if part != "labels"}
     files["labels"] = npy(np.tile(np.array([3, 8], np.uint8), 5))
     return files, {name: hashlib.md5(body).hexdigest() for name, body in files.items()}
+
+
+def test_cifar100_c_arrays(site, tmp_path):
+    files, parts = corruptions("cifar100_c")
+    files["labels"] = npy(np.tile(np.array([3, 98], np.uint8), 5))
+    parts["labels"] = hashlib.md5(files["labels"]).hexdigest()
+    body = tarred({"CIFAR-100-C/README.txt": b"read me"}
+                  | {f"CIFAR-100-C/{name}.npy": content for name, content in files.items()}, "w")
+    folder = made(site, tmp_path, served(site, "cifar100_c", [body], {"test": 10}, parts=parts))
+    assert len(list(folder.glob("*.npy"))) == 20 and not (folder / "README.txt").exists()
 
 
 def test_cifar10_c_arrays(site, tmp_path):
@@ -415,7 +466,8 @@ def test_check_of_sets_put_there_by_hand(tmp_path):
 
 def test_the_list_says_what_is_there(tmp_path):
     rows = {row["name"]: row for row in list_sets(tmp_path)}
-    assert set(rows) >= {"mnist", "usps", "mnist_m", "svhn", "syn", "cifar10", "cifar10_c", "pacs", "fashion_mnist"}
+    assert set(rows) >= {"mnist", "usps", "mnist_m", "svhn", "syn", "cifar10", "cifar10_c", "cifar100",
+                         "cifar100_c", "cifar10_p", "imagenet", "pacs", "fashion_mnist"}
     assert {row["state"] for row in rows.values()} == {"absent"} and not rows["cityscapes"]["automatic"]
     (tmp_path / "pacs").mkdir()
     assert {row["name"]: row["state"] for row in list_sets(tmp_path)}["pacs"] == "by hand"

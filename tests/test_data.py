@@ -481,11 +481,109 @@ def test_wrong_corruption_files(cifar10_c):
     refused("truncated or no array file", "cifar10_c/fog/1", "test", root=cifar10_c)
 
 
+def test_labels_of_the_other_cifar(cifar10_c):
+    (cifar10_c / "CIFAR-100-C").symlink_to(cifar10_c / "CIFAR-10-C")
+    refused("does not hold the labels of 100 classes, 100 of each", "cifar100_c/fog/1", "test", root=cifar10_c)
+    np.save(cifar10_c / "CIFAR-10-C" / "labels.npy", np.tile(np.arange(10000) % 100, 5).astype(np.uint8))
+    refused("does not hold the labels of 10 classes, 1,000 of each", "cifar10_c/fog/1", "test", root=cifar10_c)
+    part = load("cifar100_c/fog/5", "test", root=cifar10_c)
+    assert part.images[0, 0, 0, 0] == 5 and part.labels.bincount().tolist() == [100] * 100
+    assert part.classes[0] == "apple" and available(TASKS["cifar100"].domains, root=cifar10_c) == ("cifar100_c/fog/5",)
+    refused("train on `cifar100`", "cifar100_c/fog/5", "train", root=cifar10_c)
+    refused("severity, 1 to 5, as in `cifar100_c/fog/3`", "cifar100_c/fog/6", "test", root=cifar10_c)
+    refused("did you mean `cifar100_c/snow/1`?", "cifar100_c/snw/1", "test", root=cifar10_c)
+
+
+# ---- CIFAR-100
+
+
+def test_cifar100_is_told_from_cifar10(tmp_path):
+    zeros = np.zeros((50000, 32, 32, 3), np.uint8)
+    write_npz(tmp_path / "cifar100", "test", zeros[:10000], np.arange(10000) % 10)
+    refused("not its labels, so it is another set", "cifar100", "test", root=tmp_path)
+    write_npz(tmp_path / "cifar100", "train", zeros, np.arange(50000) % 10)
+    refused("not its labels, so it is another set", "cifar100", "train", root=tmp_path)
+    (tmp_path / "cifar100").rename(tmp_path / "cifar10")
+    write_npz(tmp_path / "cifar10", "test", zeros[:10000], np.arange(10000) % 100)
+    refused("labels run from 0 to 99", "cifar10", "test", root=tmp_path)
+
+
+def test_cifar100_splits(tmp_path):
+    images = np.zeros((50000, 32, 32, 3), np.uint8)
+    images[:, 0, 0, 0], images[:, 0, 0, 1] = np.arange(50000) % 256, np.arange(50000) // 256
+    write_npz(tmp_path / "cifar100", "train", images, np.arange(50000) % 100)
+    write_npz(tmp_path / "cifar100", "test", images[:10000], np.arange(10000) % 100)
+    train, valid = load("cifar100", "train", limit=45000, root=tmp_path), load("cifar100", "valid", root=tmp_path)
+    assert len(valid) == 5000 and valid.note == "last 5,000 of train" and train.classes[99] == "worm"
+    assert torch.equal(torch.cat([train.labels, valid.labels]), torch.arange(50000) % 100)
+    assert torch.equal(valid.images[0, :, 0, 0], torch.tensor([45000 % 256, 45000 // 256, 0], dtype=torch.uint8))
+    assert len(load("cifar100", "test", root=tmp_path)) == 10000
+    assert len(set(data.FINE_OBJECTS)) == 100 and list(data.FINE_OBJECTS) == sorted(data.FINE_OBJECTS)
+
+
+# ---- CIFAR-10-P
+
+
+@pytest.fixture
+def cifar10_p(tmp_path):
+    "A stand-in for CIFAR-10-P: a sparse file of three frames, row and frame in the first pixel"
+    (tmp_path / "CIFAR-10-P").mkdir()
+    frames = np.lib.format.open_memmap(tmp_path / "CIFAR-10-P" / "tilt.npy", "w+", np.uint8, (10000, 3, 32, 32, 3))
+    frames[:9, :, 0, 0, 0], frames[:9, :, 0, 0, 2] = np.arange(9)[:, None], np.arange(3)
+    frames.flush()
+    write_npz(tmp_path / "cifar10", "test", np.zeros((10000, 32, 32, 3), np.uint8), (np.arange(10000) + 3) % 10)
+    return tmp_path
+
+
+def test_sequences_are_mapped_with_the_test_labels(cifar10_p):
+    images, labels = data.load_sequences("cifar10_p/tilt", root=cifar10_p)
+    assert images.shape == (10000, 3, 3, 32, 32) and images.dtype == torch.uint8 and labels.dtype == torch.int64
+    assert torch.equal(labels, (torch.arange(10000) + 3) % 10)
+    assert images[7, 2, :, 0, 0].tolist() == [7, 0, 2]
+    few, some = data.load_sequences("cifar10_p/tilt", limit=4, root=cifar10_p)
+    assert few.shape == (4, 3, 3, 32, 32) and some.tolist() == [3, 4, 5, 6]
+    few[0] = 9
+    assert data.load_sequences("cifar10_p/tilt", limit=4, root=cifar10_p)[0][0, 0, 0, 0, 0] == 0
+    assert available(["cifar10_p/tilt", "cifar10_p/snow"], root=cifar10_p) == ("cifar10_p/tilt",)
+    (cifar10_p / "CIFAR-10-P").rename(cifar10_p / "cifar10_p")
+    assert len(data.load_sequences("cifar10_p/tilt", limit=2, root=cifar10_p)[1]) == 2
+
+
+def test_wrong_sequences(cifar10_p, tmp_path):
+    def says(match, name, **kwargs):
+        with pytest.raises(SadalibError, match=match) as error:
+            data.load_sequences(name, root=cifar10_p, **kwargs)
+        assert "\n" not in str(error.value)
+
+    says("single images: use `load`", "cifar10")
+    says("did you mean `cifar10_p/tilt`", "cifar10_p/tild")
+    says("name a perturbation", "cifar10_p")
+    says("`limit` is 0", "cifar10_p/tilt", limit=0)
+    says("snow.npy is missing: run `sadalib data prepare cifar10_p`", "cifar10_p/snow")
+    refused("use `load_sequences`", "cifar10_p/tilt", "test", root=cifar10_p)
+    file = cifar10_p / "CIFAR-10-P" / "tilt.npy"
+    shapes = [(50000, 32, 32, 3), (9999, 3, 32, 32, 3), (10000, 3, 3, 32, 32)]
+    for shape in shapes:
+        np.lib.format.open_memmap(file, "w+", np.uint8, shape).flush()
+        says("expected uint8 \\(10000, any, 32, 32, 3\\)", "cifar10_p/tilt")
+    np.lib.format.open_memmap(file, "w+", np.int8, (10000, 3, 32, 32, 3)).flush()
+    says("holds int8", "cifar10_p/tilt")
+    np.lib.format.open_memmap(file, "w+", np.uint8, (10000, 1, 32, 32, 3)).flush()
+    says("expected 2 frames or more", "cifar10_p/tilt")
+    for content in (b"<html>", b"", file.read_bytes()[:200]):
+        file.unlink()
+        file.write_bytes(content)
+        says("truncated or no array file", "cifar10_p/tilt")
+    np.lib.format.open_memmap(file, "w+", np.uint8, (10000, 2, 32, 32, 3)).flush()
+    (cifar10_p / "cifar10" / "test.npz").unlink()
+    says("run `sadalib data prepare cifar10`,", "cifar10_p/tilt")
+
+
 # ---- tasks
 
 
 def test_tasks_name_loadable_domains_and_never_test_on_the_source():
-    assert set(TASKS) == {"digits", "mnist", "pacs", "cifar10"}
+    assert set(TASKS) == {"digits", "mnist", "pacs", "cifar10", "cifar100", "svhn"}
     for task in TASKS.values():
         for domain in task.domains:
             data.parse_name(domain)
@@ -494,6 +592,8 @@ def test_tasks_name_loadable_domains_and_never_test_on_the_source():
             assert set(task.targets(source)) | {source} == set(task.domains)
     assert TASKS["pacs"].targets("photo") == TASKS["pacs"].targets("pacs/photo")
     assert len(TASKS["pacs"].targets("sketch")) == 3 and (TASKS["pacs"].size, TASKS["pacs"].paper_size) == (64, 224)
+    assert len(TASKS["cifar100"].targets()) == 15 and len(TASKS["cifar100"].classes) == 100
+    assert TASKS["svhn"].targets() == ()
     with pytest.raises(SadalibError, match="did you mean `photo`"):
         TASKS["pacs"].source("foto")
     with pytest.raises(SadalibError, match="unknown source `usps`"):
@@ -503,6 +603,8 @@ def test_tasks_name_loadable_domains_and_never_test_on_the_source():
 def test_corruptions_are_the_usual_fifteen_and_four():
     assert len(data.CORRUPTIONS) == len(set(data.CORRUPTIONS)) == 15 and len(data.EXTRA_CORRUPTIONS) == 4
     assert [len(group) for group in data.CORRUPTION_GROUPS.values()] == [3, 4, 4, 4]
+    assert len(set(data.PERTURBATIONS)) == 20
+    assert len(data.PAPER_PERTURBATIONS) == len(data.SCRIPT_PERTURBATIONS) == 10
     assert available(["cifar10_c/fog/5", "no such set", "digits"], root="/nowhere") == ("digits",)
 
 

@@ -11,7 +11,7 @@ __all__ = ['POLICIES', 'crop_boxes', 'resized_crop', 'PolicyFile', 'policy_file'
            'uniform_policies', 'update', 'OPERATIONS', 'apply_op', 'apply_ops', 'apply_policies', 'crop_flip',
            'effective_strength', 'final_cutout', 'level_value', 'preprocess']
 
-# %% ../../nbs/05_advaa.ipynb #15b8c0dd
+# %% ../../nbs/05_advaa.ipynb #0ea9d0ee
 import hashlib, math
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .controller import (OPERATION_NAMES, Collapse, Controller, MovingAverage, PolicyLog, PolicySample,
-                                      advantages, autoaugment_table, controller_loss, controller_optimizer,
-                                      drawn_policies, load_policies, plot_collapse, plot_policies, policy_diversity,
-                                      policy_shares, randaugment_table, replay, toy_search, trivialaugment_table,
-                                      uniform_policies, update)
-from .ops import (OPERATIONS, apply_op, apply_ops, apply_policies, crop_flip, effective_strength,
-                               final_cutout, level_value, preprocess)
+from .controller import (
+    OPERATION_NAMES, Collapse, Controller, MovingAverage, PolicyLog, autoaugment_table, controller_optimizer,
+    drawn_policies, load_policies, plot_collapse, plot_policies, policy_diversity, randaugment_table, replay, toy_search,
+    trivialaugment_table, uniform_policies, update)
+from .controller import PolicySample as PolicySample, advantages as advantages # names of this package too
+from .controller import controller_loss as controller_loss, policy_shares as policy_shares
+from .ops import apply_op as apply_op, apply_ops as apply_ops, apply_policies as apply_policies
+from .ops import crop_flip as crop_flip, effective_strength as effective_strength, preprocess
+from .ops import final_cutout as final_cutout, level_value as level_value, OPERATIONS as OPERATIONS
 from ..runs import SadalibError, Shard, did_you_mean, rand, require, seeded
 from ..training import Loop, Method, TrainConfig
 

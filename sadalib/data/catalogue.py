@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['CATALOGUE', 'Card', 'read_idx', 'from_idx', 'read_libsvm', 'from_libsvm', 'from_matlab', 'from_pngs',
-           'from_torch_tensors', 'from_cifar_binary', 'from_corruptions', 'pacs_crossval', 'from_pictures',
-           'from_archives', 'find_card', 'by_hand', 'describe', 'prepare', 'state_of', 'list_sets', 'check_set',
-           'check_sets']
+           'from_torch_tensors', 'from_cifar_binary', 'from_cifar100_binary', 'from_corruptions', 'pacs_crossval',
+           'from_pictures', 'from_archives', 'from_folders', 'find_card', 'by_hand', 'describe', 'prepare', 'state_of',
+           'list_sets', 'check_set', 'check_sets']
 
-# %% ../../nbs/00b3_catalogue.ipynb #32cc528d
+# %% ../../nbs/00b3_catalogue.ipynb #e1b3cc7a
 import contextlib, csv, importlib.resources, io, json, re, shutil, ssl
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,11 +18,13 @@ from typing import Any
 
 import numpy as np
 
+from . import FINE_OBJECTS, PERTURBATIONS
 from .download import File, _check_room, _pieces, _seen, expand, extract, fetch_file, file_digest
 from .download import recognise, verify
+from .folders import check_folder_name, folder_sets, list_pictures
 from ..runs import Progress, SadalibError, _file_problem, data_root, did_you_mean, duration, locked, write_atomic
 
-# %% ../../nbs/00b3_catalogue.ipynb #c05bd4dd
+# %% ../../nbs/00b3_catalogue.ipynb #1404b528
 @dataclass(frozen=True)
 class Card:
     "What is published about one data set"
@@ -39,7 +41,7 @@ class Card:
     notes: str = ""
     unpacked: str = "" # a path that marks a folder which a user has unpacked already
     parts: Mapping[str, str] = field(default_factory=dict) # md5 of the files inside the archive
-    layout: str = "arrays" # arrays, corruptions, pictures or files
+    layout: str = "arrays" # arrays, corruptions, sequences, pictures, folders or files
 
 # %% ../../nbs/00b3_catalogue.ipynb #ee619231
 def _check_arrays(card: Card, split: str, images: np.ndarray, labels: np.ndarray, whole: bool = True) -> None:
@@ -177,7 +179,7 @@ def from_torch_tensors(
         if images.ndim == 4 and images.shape[1] == 3: images = images.transpose(0, 2, 3, 1) # (N, H, W, 3)
         _write(card, out, split, images, labels)
 
-# %% ../../nbs/00b3_catalogue.ipynb #b4abc632
+# %% ../../nbs/00b3_catalogue.ipynb #4d0ddc8f
 def from_cifar_binary(
     card: Card, # one archive
     paths: list[Path], # the verified archive
@@ -186,15 +188,34 @@ def from_cifar_binary(
     "Write CIFAR-10 in its own order: `data_batch_1` to `data_batch_5`, then `test_batch`"
     top = extract(paths[0], out/"unpacked")
     for split, pattern in (("train", "data_batch_?.bin"), ("test", "test_batch.bin")):
-        raw = b"".join(p.read_bytes() for p in sorted(top.rglob(pattern)))
-        if not raw or len(raw) % 3073: raise SadalibError(f"{paths[0].name} has no whole {pattern}")
-        rows = np.frombuffer(raw, np.uint8).reshape(-1, 3073)
-        _write(card, out, split, rows[:, 1:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), rows[:, 0])
+        labels, images = _cifar_rows(paths[0], top, pattern, 1)
+        _write(card, out, split, images, labels[:, 0])
     shutil.rmtree(top)
 
-# %% ../../nbs/00b3_catalogue.ipynb #8931dd2a
+def _cifar_rows(archive: Path, top: Path, pattern: str, bytes_before: int) -> tuple[np.ndarray, np.ndarray]:
+    "The label bytes (N, `bytes_before`) and images (N, 32, 32, 3) of the files `pattern` below `top`"
+    raw = b"".join(p.read_bytes() for p in sorted(top.rglob(pattern)))
+    if not raw or len(raw) % (bytes_before + 3072): raise SadalibError(f"{archive.name} has no whole {pattern}")
+    rows = np.frombuffer(raw, np.uint8).reshape(-1, bytes_before + 3072)
+    return rows[:, :bytes_before], rows[:, bytes_before:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+
+# %% ../../nbs/00b3_catalogue.ipynb #fa913fa0
+def from_cifar100_binary(
+    card: Card, # one archive
+    paths: list[Path], # the verified archive
+    out: Path, # a new folder
+) -> None:
+    "Write CIFAR-100 with its fine labels, in its own order"
+    top = extract(paths[0], out/"unpacked")
+    for split in ("train", "test"):
+        labels, images = _cifar_rows(paths[0], top, f"{split}.bin", 2)
+        if labels[:, 0].max() > 19: raise SadalibError(f"{paths[0].name} has coarse labels above 19 in {split}.bin")
+        _write(card, out, split, images, labels[:, 1])
+    shutil.rmtree(top)
+
+# %% ../../nbs/00b3_catalogue.ipynb #afba014f
 def _check_corruption(card: Card, path: Path) -> None:
-    "Raise `SadalibError` unless `path` is one array of CIFAR-10-C"
+    "Raise `SadalibError` unless `path` is one array of CIFAR-10-C or CIFAR-100-C"
     try: array = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError): raise SadalibError(f"{path.name} is no plain numpy array") from None
     count, labels = card.splits["test"] or len(array), path.stem == "labels"
@@ -204,13 +225,24 @@ def _check_corruption(card: Card, path: Path) -> None:
     if labels and not (0 <= array.min() and array.max() < len(card.classes)):
         raise SadalibError(f"{path.name} holds labels outside 0..{len(card.classes) - 1}")
 
-# %% ../../nbs/00b3_catalogue.ipynb #c255bfd1
+# %% ../../nbs/00b3_catalogue.ipynb #9c4fe184
+def _check_sequences(card: Card, path: Path) -> None:
+    "Raise `SadalibError` unless `path` is one array of CIFAR-10-P"
+    try: array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError): raise SadalibError(f"{path.name} is no plain numpy array") from None
+    count, shape = card.splits["test"] or len(array), card.shape or ()
+    if array.dtype != np.uint8 or array.ndim != 5 or len(array) != count or array.shape[2:] != shape or array.shape[1] < 2:
+        raise SadalibError(f"{path.name} is {array.dtype} {array.shape}, not uint8 ({count}, 2 or more, "
+                           f"{', '.join(map(str, shape))})")
+
+# %% ../../nbs/00b3_catalogue.ipynb #1989d150
 def from_corruptions(
     card: Card, # `parts`: md5 of each array
     paths: list[Path], # the verified archive, or a folder of arrays
     out: Path, # a new folder
 ) -> None:
-    "Write the arrays of CIFAR-10-C, each verified by its own md5"
+    "Write the arrays of CIFAR-10-C, CIFAR-100-C or CIFAR-10-P, each verified by its own md5 where there is one"
+    check = _check_sequences if card.layout == "sequences" else _check_corruption
     unpacked = not paths[0].is_dir()
     top = extract(paths[0], out/"unpacked") if unpacked else paths[0]
     with Progress(len(card.parts), card.name) as progress:
@@ -218,7 +250,7 @@ def from_corruptions(
             found = sorted(top.rglob(f"{part}.npy"))
             if not found: raise SadalibError(f"{paths[0].name} has no {part}.npy")
             verify(found[0], File(f"{part}.npy", md5=md5 or None, kind="npy"))
-            _check_corruption(card, found[0])
+            check(card, found[0])
             (shutil.move if unpacked else shutil.copyfile)(found[0], out/f"{part}.npy"); progress.update()
     if unpacked: shutil.rmtree(top)
 
@@ -314,6 +346,22 @@ def from_archives(
         top = extract(path, out/"unpacked")
         for inner in sorted(p for p in top.iterdir() if p.is_dir()): inner.rename(out/inner.name)
         shutil.rmtree(top)
+
+# %% ../../nbs/00b3_catalogue.ipynb #c787acbb
+def from_folders(
+    card: Card,
+    paths: list[Path], # a folder with train and, perhaps, valid, val or test
+    out: Path, # a new folder
+) -> None:
+    "Link the set to the user's folders of pictures, once their names and classes were checked"
+    if not paths or not (paths[0]/"train").is_dir(): raise SadalibError(by_hand(card) + ".")
+    (out/card.name).parent.mkdir(parents=True, exist_ok=True)
+    (out/card.name).symlink_to(paths[0].resolve(), target_is_directory=True)
+    list_pictures(card.name, "train", out)
+    (out/card.name).unlink()
+    for part in ("train", "valid", "val", "test"):
+        if (paths[0]/part).is_dir(): (out/part).symlink_to((paths[0]/part).resolve(), target_is_directory=True)
+    if (out/"folder").is_dir(): (out/"folder").rmdir()
 
 # %% ../../nbs/00b3_catalogue.ipynb #f5d01915
 CATALOGUE: dict[str, Card] = {}
@@ -418,6 +466,15 @@ CATALOGUE["cifar10"] = Card(
     600_000_000,
     "The binary version, which holds no pickles. Its host has been slow since June 2026.")
 
+# %% ../../nbs/00b3_catalogue.ipynb #39928804
+CATALOGUE["cifar100"] = Card(
+    "cifar100", "CIFAR-100, fine classes", (
+        File("cifar-100-binary.tar.gz", "https://www.cs.toronto.edu/~kriz/cifar-100-binary.tar.gz", size=168513733,
+             kind="gzip", rate=7e4, sha256="58a81ae192c23a4be8b1804d68e518ed807d710a4eb253b1f2a199162a40d8ec"),),
+    from_cifar100_binary, {"train": 50000, "test": 10000}, "none declared; cite Krizhevsky 2009",
+    "Krizhevsky 2009: Learning multiple layers of features from tiny images", FINE_OBJECTS, (32, 32, 3), 600_000_000,
+    "The binary version, which holds no pickles. Its host has been slow since June 2026.")
+
 # %% ../../nbs/00b3_catalogue.ipynb #5aaf6e3d
 _CIFAR10_C = dict(re.findall(r"(\w+)\s+([0-9a-f]{32})", """
     brightness 0a81ef75e0b523c3383219c330a85d48  contrast 3c8262171c51307f916c30a3308235a8
@@ -441,6 +498,41 @@ CATALOGUE["cifar10_c"] = Card(
     CATALOGUE["cifar10"].classes, (32, 32, 3), 6_000_000_000,
     "Five severities of the test batch in its own order; 15 corruptions and 4 extra ones.", "labels.npy", _CIFAR10_C,
     "corruptions")
+
+# %% ../../nbs/00b3_catalogue.ipynb #c2266e86
+_CIFAR100_C = dict(re.findall(r"(\w+)\s+([0-9a-f]{32})", """
+    brightness f22d7195aecd6abb541e27fca230c171  contrast 322bb385f1d05154ee197ca16535f71e
+    defocus_blur d923e3d9c585a27f0956e2f2ad832564  elastic_transform a0792bd6581f6810878be71acedfc65a
+    fog 4efc7ebd5e82b028bdbe13048e3ea564  frost 3a39c6823bdfaa0bf8b12fe7004b8117
+    gaussian_blur 5204ba0d557839772ef5a4196a052c3e  gaussian_noise ecc4d366eac432bdf25c024086f5e97d
+    glass_blur 0bf384f38e5ccbf8dd479d9059b913e1  impulse_noise 3b3c210ddfa0b5cb918ff4537a429fef
+    jpeg_compression c851b7f1324e1d2ffddeb76920576d11  motion_blur 732a7e2e54152ff97c742d4c388c5516
+    pixelate 96c00c60f144539e14cffb02ddbd0640  saturate c0697e9fdd646916a61e9c312c77bf6b
+    shot_noise b0a1fa6e1e465a747c1b204b1914048a  snow 0237be164583af146b7b144e73b43465
+    spatter 12ccf41d62564d36e1f6a6ada5022728  speckle_noise e3f215b1a0f9fd9fd6f0d1cf94a7ce99
+    zoom_blur 0204613400c034a81c4830d5df81cb82  labels bb4026e9ce52996b95f439544568cdb2"""))
+
+CATALOGUE["cifar100_c"] = Card(
+    "cifar100_c", "CIFAR-100-C, common corruptions", (
+        File("CIFAR-100-C.tar", "https://zenodo.org/records/3555552/files/CIFAR-100-C.tar?download=1", size=2918473216,
+             md5="11f0ed0f1191edbf9fa23466ae6021d3", kind="tar",
+             sha256="30ee6543a1bfd049fa33834b7c1ada301e7064b7fbe8fc38340eb8b62ced4b33"),),
+    from_corruptions, {"test": 50000}, "CC BY 4.0 (not confirmed at the record)",
+    "Hendrycks, Dietterich 2019: Benchmarking neural network robustness to common corruptions and perturbations",
+    FINE_OBJECTS, (32, 32, 3), 6_000_000_000,
+    "Five severities of the test batch in its own order; 15 corruptions and 4 extra ones; fine labels.", "labels.npy",
+    _CIFAR100_C, "corruptions")
+
+# %% ../../nbs/00b3_catalogue.ipynb #9d43e56f
+CATALOGUE["cifar10_p"] = Card(
+    "cifar10_p", "CIFAR-10-P, perturbation sequences", (
+        File("CIFAR-10-P.tar", "https://zenodo.org/records/2535967/files/CIFAR-10-P.tar?download=1", about=18_280_000_000,
+             md5="125d6775afc5846ea84584d7524dedff", kind="tar"),),
+    from_corruptions, {"test": 10000}, "CC BY 4.0",
+    "Hendrycks, Dietterich 2019: Benchmarking neural network robustness to common corruptions and perturbations",
+    CATALOGUE["cifar10"].classes, (32, 32, 3), 37_000_000_000,
+    "One file a perturbation; `load_sequences` reads them, with labels from the test set of `cifar10`. Only md5 is "
+    "published; the size is estimated.", "gaussian_noise_2.npy", dict.fromkeys(PERTURBATIONS, ""), "sequences")
 
 # %% ../../nbs/00b3_catalogue.ipynb #d44fee70
 CATALOGUE["pacs"] = Card(
@@ -466,41 +558,62 @@ CATALOGUE["cityscapes"] = Card(
     "Cordts et al. 2016: The Cityscapes dataset for semantic urban scene understanding", (), None, 23_000_000_000,
     "Behind a login: https://www.cityscapes-dataset.com/login/", layout="files")
 
-# %% ../../nbs/00b3_catalogue.ipynb #f33f3bea
+# %% ../../nbs/00b3_catalogue.ipynb #9a6a7ce3
+CATALOGUE["imagenet"] = Card(
+    "imagenet", "ImageNet 2012", (
+        File("ILSVRC2012_img_train.tar", size=147897477120, md5="1d675b47d978889d74fa0da5fadfb00e", kind="tar",
+             sha256="b08200a27a8e34218a0e58fde36b0fe8f73bc377f4acea2d91602057c3ca45bb"),
+        File("ILSVRC2012_img_val.tar", size=6744924160, md5="29b22e2961454d5413ddabcf34fc5622", kind="tar",
+             sha256="c7e06a6c0baccf06d8dbeb6577d71efff84673a5dbdd50633ab44f8ea0456ae0")),
+    from_folders, {"train": 1281167, "val": 50000}, "non-commercial research and education only, terms to be accepted",
+    "Russakovsky et al. 2015: ImageNet large scale visual recognition challenge", (), None, 1_000_000,
+    "Behind a login: https://image-net.org/challenges/LSVRC/2012/2012-downloads.php", "train", layout="folders")
+
+# %% ../../nbs/00b3_catalogue.ipynb #c426ce15
 def find_card(
-    name: str, # a key of `CATALOGUE`
+    name: str, # a key of `CATALOGUE`, or "folder/NAME"
 ) -> Card:
     "The card of set `name`; raises `SadalibError` for an unknown one"
+    if name.split("/")[0] == "folder":
+        check_folder_name(name)
+        return Card(name, "pictures of your own", (), from_folders, {}, "your own", "your own", (), None, 1_000_000,
+                    unpacked="train", layout="folders")
     if name not in CATALOGUE: raise SadalibError(f"there is no public data set `{name}`{did_you_mean(name, CATALOGUE)}")
     return CATALOGUE[name]
 
-# %% ../../nbs/00b3_catalogue.ipynb #ac73051c
+# %% ../../nbs/00b3_catalogue.ipynb #a8428946
 def by_hand(
     card: Card, # any set
 ) -> str: # a clause
     "How to get the files of `card` without this program"
     files = "; ".join(f"{file.name} ({', '.join([file.url or 'behind a login', ' '.join(file.pin or ())])})"
                       for file in card.files)
+    if card.layout == "folders":
+        first = f"get {files}, unpack them into" if files else "put the pictures into"
+        return (f"{first} FOLDER/train/CLASS and FOLDER/val/CLASS and run `sadalib data prepare {card.name} --source "
+                "FOLDER`, which links to them")
     return f"put {files} into one folder and run `sadalib data prepare {card.name} --source FOLDER`"
 
-# %% ../../nbs/00b3_catalogue.ipynb #80f78793
+# %% ../../nbs/00b3_catalogue.ipynb #bb10cec9
 def describe(
     card: Card, # any set
 ) -> str: # a few lines
     "Terms, origin, size and expected time of `card`"
     size, guess = sum(f.size or f.about or 0 for f in card.files), any(f.size is None for f in card.files)
     hosts = ", ".join(sorted({f.url.split("/")[2] for f in card.files if f.url})) or "by hand only"
+    origin = (f"  download: {len(card.files)} file{'s' * (len(card.files) > 1)}, {'about ' if guess else ''}"
+              f"{size / 1e6:,.1f} MB from {hosts}, perhaps {duration(sum(f.seconds for f in card.files))}; "
+              f"{card.needs / 1e6:,.0f} MB of disk to prepare it")
     return "\n".join(filter(None, [
         f"{card.name}: {card.title}", f"  terms: {card.licence}", f"  cite: {card.citation}",
-        f"  download: {len(card.files)} file{'s' * (len(card.files) > 1)}, {'about ' if guess else ''}{size / 1e6:,.1f} MB from {hosts}, "
-        f"perhaps {duration(sum(f.seconds for f in card.files))}; {card.needs / 1e6:,.0f} MB of disk to prepare it",
-        f"  note: {card.notes}" if card.notes else ""]))
+        f"  {by_hand(card)}" if card.layout == "folders" else origin, f"  note: {card.notes}" if card.notes else ""]))
 
-# %% ../../nbs/00b3_catalogue.ipynb #8b835d31
+# %% ../../nbs/00b3_catalogue.ipynb #3a01676f
 def _from_source(card: Card, source: Path, root: Path) -> list[Path]:
     "The files of `card` in the folder (or single file) `source`, verified like a download"
     if not source.exists(): raise SadalibError(f"{source} does not exist: `source` is a folder with {_names(card)}.")
     if card.unpacked and (source/card.unpacked).exists(): return [source]
+    if card.layout == "folders": raise SadalibError(f"{source} has no folder train: {by_hand(card)}.")
     paths = [source] if source.is_file() and len(card.files) == 1 else [source/file.name for file in card.files]
     if missing := [path.name for path in paths if not path.is_file()]:
         raise SadalibError(f"{source} has no {', '.join(missing)}: `source` is a folder with {_names(card)}.")
@@ -515,19 +628,20 @@ def _names(card: Card) -> str:
     "The file names of `card`"
     return ", ".join(file.name for file in card.files) + (f", or one with {card.unpacked}" if card.unpacked else "")
 
-# %% ../../nbs/00b3_catalogue.ipynb #60d08479
+# %% ../../nbs/00b3_catalogue.ipynb #f9bf6e43
 def _from_network(card: Card, work: Path, root: Path, context: ssl.SSLContext | None) -> list[Path]:
     "The files of `card`, fetched into `work`"
-    if not all(file.url for file in card.files):
-        raise SadalibError(f"{card.name} has no public address ({card.notes}): {by_hand(card)}.")
+    if card.layout == "folders" or not all(file.url for file in card.files):
+        why = f" ({card.notes})" if card.notes else ""
+        raise SadalibError(f"{card.name} has no public address{why}: {by_hand(card)}.")
     for file in card.files:
         fetch_file(file, work/file.name, record=root/"digests"/f"{card.name}.json", context=context)
     return [work/file.name for file in card.files]
 
-# %% ../../nbs/00b3_catalogue.ipynb #46ff6798
+# %% ../../nbs/00b3_catalogue.ipynb #98b11420
 def _build(card: Card, paths: list[Path], final: Path) -> None:
     "Convert `paths` and move the finished set to `final`"
-    out = final.with_name(f".{card.name}.unfinished")
+    out = final.with_name(f".{final.name}.unfinished")
     shutil.rmtree(out, ignore_errors=True)
     try:
         out.mkdir(parents=True)
@@ -554,7 +668,7 @@ def _origin(card: Card, paths: list[Path]) -> str: # JSON without dates
     seen = {p.name: file_digest(p) for p in paths if p.is_file()}
     return json.dumps(facts | {"files": files, "sha256": seen}, indent=1, ensure_ascii=False) + "\n"
 
-# %% ../../nbs/00b3_catalogue.ipynb #779d4571
+# %% ../../nbs/00b3_catalogue.ipynb #ca7899c2
 def prepare(
     name: str, # a key of `CATALOGUE`
     root: str | Path | None = None, # data root; None: `data_root()`
@@ -566,7 +680,7 @@ def prepare(
 ) -> Path: # the folder of the set
     "Make the public set `name` ready: show terms, fetch, verify, convert; raises `SadalibError` and keeps no half set"
     card, root = card or find_card(name), Path(root or data_root()).expanduser()
-    final, work = root/card.name, root/"downloads"/card.name
+    final, work = root/card.name, root/"downloads"/card.name.replace("/", "-")
     if final.exists():
         echo(f"{card.name}: already in {final}; `sadalib data check {card.name}` verifies it, and once it is moved "
              "away it can be prepared anew")
@@ -602,15 +716,18 @@ def state_of(
     folder = Path(root or data_root())/name
     return "prepared" if (folder/"checksums.json").is_file() else "by hand" if folder.is_dir() else "absent"
 
-# %% ../../nbs/00b3_catalogue.ipynb #5037a2bd
+# %% ../../nbs/00b3_catalogue.ipynb #c151bcfd
 def list_sets(
     root: str | Path | None = None, # data root
 ) -> list[dict]: # one row a set
-    "The public sets with state, size, domains or splits, and terms"
-    return [{"name": card.name, "state": state_of(card.name, root), "automatic": all(f.url for f in card.files),
+    "The public sets and your own, with state, size, domains or splits, and terms"
+    base = Path(root or data_root())
+    cards = [*CATALOGUE.values(), *map(find_card, folder_sets(base))]
+    return [{"name": card.name, "state": state_of(card.name, root),
+             "automatic": bool(card.files) and all(f.url for f in card.files),
              "megabytes": round(sum(f.size or f.about or 0 for f in card.files) / 1e6, 1),
              "splits": dict(card.splits), "licence": card.licence, "notes": card.notes,
-             "path": str(Path(root or data_root())/card.name)} for card in CATALOGUE.values()]
+             "path": str(base/card.name)} for card in cards]
 
 # %% ../../nbs/00b3_catalogue.ipynb #560b47e2
 def _damaged(folder: Path) -> list[str]:
@@ -631,15 +748,17 @@ def _count_arrays(card: Card, folder: Path, whole: bool) -> dict[str, int]:
         counts[path.stem] = len(images)
     return counts
 
-# %% ../../nbs/00b3_catalogue.ipynb #1f5e1b0b
+# %% ../../nbs/00b3_catalogue.ipynb #afa61ee0
 def _count_corruptions(card: Card, folder: Path, whole: bool) -> dict[str, int]:
-    "Rows of CIFAR-10-C"
+    "Rows of CIFAR-10-C, CIFAR-100-C or CIFAR-10-P"
+    check = _check_sequences if card.layout == "sequences" else _check_corruption
     paths = [folder/f"{part}.npy" for part in card.parts]
     missing = [path.name for path in paths if not path.is_file()]
     if whole and missing: raise SadalibError(f"{', '.join(missing)} is missing")
     for path in paths:
-        if path.name not in missing: _check_corruption(card, path)
-    return {"test": card.splits["test"] or 0} if (folder/"labels.npy").is_file() else {}
+        if path.name not in missing: check(card, path)
+    there = len(missing) < len(paths) if card.layout == "sequences" else (folder/"labels.npy").is_file()
+    return {"test": card.splits["test"] or 0} if there else {}
 
 # %% ../../nbs/00b3_catalogue.ipynb #4077abbc
 def _count_pictures(card: Card, folder: Path, whole: bool) -> dict[str, int]:
@@ -653,7 +772,15 @@ def _count_pictures(card: Card, folder: Path, whole: bool) -> dict[str, int]:
     if bad: raise SadalibError(f"{len(bad)} of {len(rows)} rows of split.csv are wrong or lack a picture: {bad[0]}")
     return dict(Counter(row["domain"] for row in rows))
 
-# %% ../../nbs/00b3_catalogue.ipynb #89ee45fb
+# %% ../../nbs/00b3_catalogue.ipynb #3546e6b6
+def _count_folders(card: Card, folder: Path, whole: bool) -> dict[str, int]:
+    "Pictures in each folder of the user's own sets and of ImageNet; none is opened"
+    root = folder.parents[card.name.count("/")]
+    there = [part for part in ("train", "valid", "val", "test") if (folder/part).is_dir()]
+    counts = Counter(row[0].split("/")[0] for row in list_pictures(card.name, "all", root).rows)
+    return {part: counts[part] for part in there if part in counts or card.name != "imagenet"}
+
+# %% ../../nbs/00b3_catalogue.ipynb #860a0c03
 def check_set(
     name: str, # a set
     root: str | Path | None = None, # data root
@@ -667,24 +794,30 @@ def check_set(
     if state == "prepared" and (bad := _damaged(folder)):
         return _verdict(name, "damaged", f"{len(bad)} files differ from their checksums, the first is {bad[0]}: delete "
                         f"{folder} and run `sadalib data prepare {name}`")
-    count = {"arrays": _count_arrays, "corruptions": _count_corruptions, "pictures": _count_pictures}.get(card.layout)
-    try: counts = count(card, folder, state == "prepared") if count else {}
-    except SadalibError as error: return _verdict(name, "damaged", f"{error}: delete {folder} and prepare it again")
+    try: counts = _COUNTS[card.layout](card, folder, state == "prepared") if card.layout in _COUNTS else {}
+    except SadalibError as error:
+        again = "" if card.layout == "folders" else f": delete {folder} and prepare it again"
+        return _verdict(name, "damaged", f"{error}{again}")
     short = [split for split, n in card.splits.items() if split not in counts or n not in (None, counts[split])]
     what = ", ".join(f"{split} {n:,}" for split, n in counts.items()) or "files"
-    if short and count: return _verdict(name, "partial", f"{what}; not the published set in {', '.join(short)}")
+    if short and card.layout in _COUNTS: return _verdict(name, "partial", f"{what}; not the published set in {', '.join(short)}")
     return _verdict(name, "ok", what + ("" if state == "prepared" else "; put there by hand, so without checksums"))
+
+_COUNTS: dict[str, Callable[[Card, Path, bool], dict[str, int]]] = {
+    "arrays": _count_arrays, "corruptions": _count_corruptions, "sequences": _count_corruptions,
+    "pictures": _count_pictures, "folders": _count_folders}
 
 # %% ../../nbs/00b3_catalogue.ipynb #671b1eb4
 def _verdict(name: str, status: str, line: str) -> dict:
     "One row of `check_sets`"
     return {"name": name, "ok": status == "ok", "status": status, "line": f"{name}: {status}, {line}"}
 
-# %% ../../nbs/00b3_catalogue.ipynb #f86ecb70
+# %% ../../nbs/00b3_catalogue.ipynb #80f7965d
 def check_sets(
     root: str | Path | None = None, # data root
     names: Iterable[str] | None = None, # None: all sets that lie there
 ) -> list[dict]: # rows of `check_set`
     "Verify the sets in the data root"
-    wanted = [name for name in CATALOGUE if state_of(name, root) != "absent"] if names is None else list(names)
+    known = [*CATALOGUE, *folder_sets(Path(root or data_root()))]
+    wanted = [name for name in known if state_of(name, root) != "absent"] if names is None else list(names)
     return [check_set(name, root) for name in wanted]
