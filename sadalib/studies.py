@@ -78,7 +78,7 @@ def _effort(config) -> float:
     images = config.train_images or 1500
     return 1. * images * config.recipe.epochs * passes(config.method)
 
-# %% ../nbs/00k_studies.ipynb #dd579dfa
+# %% ../nbs/00k_studies.ipynb #0c804695
 def passes(
     method: Any, # a `Method`
     entered: float | None = None, # attack steps that an image really took; None: all of them
@@ -87,7 +87,7 @@ def passes(
     views = getattr(method, "views", 1 if hasattr(method, "norm") else 0)
     steps = getattr(method, "steps", 0) if hasattr(method, "guidance") or method.name == "pgd" else 0
     clean = method.name != "randconv" and (method.name != "pgd" or getattr(method, "mix", 1) > 0)
-    shown = views + clean # RandConv shows no clean image, PGD training only where it mixes
+    shown = getattr(method, "copies", views + clean) # RandConv shows no clean image, PGD training only where it mixes
     return 2 * (steps if entered is None else entered) * max(1, views) + 3 * shown
 
 # %% ../nbs/00k_studies.ipynb #d5837037

@@ -41,7 +41,7 @@ def fresh(method, seed=0):
 def test_the_mean_over_policies_is_the_loss_of_the_big_batch(digits):
     model, method = create_model("tinynet", seed=0).eval(), AdvAA(**SMALL)
     total = method.loss(model, digits.images[:12], digits.labels[:12], generator=seeded(1))["total"]
-    seen = method.views(digits.images[:12], model, seeded(1))
+    seen = method.copies_of(digits.images[:12], model, seeded(1))
     expected = F.cross_entropy(model(seen), digits.labels[:12].repeat_interleave(4))
     torch.testing.assert_close(total, expected)
     by_hand = F.cross_entropy(model(seen), digits.labels[:12].repeat_interleave(4), reduction="none").view(12, 4).mean(0)
@@ -152,7 +152,7 @@ def test_global_randomness_and_inputs_are_left_alone(digits):
 def test_the_square_is_the_colour_that_normalisation_removes():
     data = load("digits").take(20)
     model, method = create_model("resnet20", seed=0), AdvAA(policy="none", copies=1, padding=0, flip=False, cutout=16)
-    seen = method.views(data.images, model, seeded(0))
+    seen = method.copies_of(data.images, model, seeded(0))
     changed = (seen - data.floats()).abs().amax(1) > 0
     normalised = (seen - model.mean)/model.std
     assert changed.any() and (normalised.permute(0, 2, 3, 1)[changed] == 0).all()
@@ -351,4 +351,4 @@ def test_resized_crops_keep_shape_type_and_depend_on_their_generator_alone():
     a, b = (resized_crop(images, generator=seeded(1)) for _ in range(2))
     assert a.shape == images.shape and a.dtype == torch.uint8 and torch.equal(a, b) and not torch.equal(a, images)
     method = AdvAA(copies=2, crop="resized", cutout=0, policy="random")
-    assert method.views(images, torch.nn.Identity(), seeded(2)).shape == (10, 3, 40, 30)
+    assert method.copies_of(images, torch.nn.Identity(), seeded(2)).shape == (10, 3, 40, 30)

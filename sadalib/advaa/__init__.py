@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'crop_boxes', 'resized_crop', 'PolicyFile', 'policy_file', 'recorded_policies', 'fixed_table', 'Search',
-           'search_state', 'load_search', 'AdvAA', 'check_method', 'OPERATION_NAMES', 'Collapse', 'Controller',
-           'MovingAverage', 'PolicyLog', 'PolicySample', 'advantages', 'autoaugment_table', 'controller_loss',
-           'controller_optimizer', 'drawn_policies', 'load_policies', 'plot_collapse', 'plot_policies',
-           'policy_diversity', 'policy_shares', 'randaugment_table', 'replay', 'toy_search', 'trivialaugment_table',
-           'uniform_policies', 'update', 'OPERATIONS', 'apply_op', 'apply_ops', 'apply_policies', 'crop_flip',
-           'effective_strength', 'final_cutout', 'level_value', 'preprocess']
+           'round_numbers', 'search_state', 'load_search', 'AdvaaSettings', 'check_method', 'AdvAA', 'OPERATION_NAMES',
+           'Collapse', 'Controller', 'MovingAverage', 'PolicyLog', 'PolicySample', 'advantages', 'autoaugment_table',
+           'controller_loss', 'controller_optimizer', 'drawn_policies', 'load_policies', 'plot_collapse',
+           'plot_policies', 'policy_diversity', 'policy_shares', 'randaugment_table', 'replay', 'toy_search',
+           'trivialaugment_table', 'uniform_policies', 'update', 'OPERATIONS', 'apply_op', 'apply_ops',
+           'apply_policies', 'crop_flip', 'effective_strength', 'final_cutout', 'level_value', 'preprocess']
 
 # %% ../../nbs/05_advaa.ipynb #0ea9d0ee
 import hashlib, math
@@ -113,7 +113,7 @@ def fixed_table(
     if policy not in _TABLES: raise SadalibError(f"`{policy}` is no fixed policy{did_you_mean(policy, _TABLES)}")
     return _TABLES[policy]()
 
-# %% ../../nbs/05_advaa.ipynb #42418d31
+# %% ../../nbs/05_advaa.ipynb #356a31fd
 class Search:
     "The policies of a training, round by round: drawn, scored by the losses they cause, logged"
     def __init__(
@@ -174,12 +174,15 @@ class Search:
         self.losses.reset()
         self.policies, self.round, self.steps = None, self.round + 1, 0
 
-    def numbers(self) -> dict[str, float]:
-        "What the last round did, for the log of metrics"
-        if not len(self.log): return {}
-        losses, spread = self.log.curves["losses"][-1], policy_diversity(self.log.policies[-1], self.how.operations)
-        told = {k: self.log.curves[k][-1].item() for k in sorted(self.log.curves) if k != "losses"}
-        return {"hardest": losses.max().item(), "easiest": losses.min().item(), **spread, **told}
+# %% ../../nbs/05_advaa.ipynb #6244ba38
+def round_numbers(
+    log: PolicyLog, # of a search
+) -> dict[str, float]: # none before the first round has ended
+    "What the last round did: losses of its policies, their spread, the controller's numbers"
+    if not len(log): return {}
+    losses, spread = log.curves["losses"][-1], policy_diversity(log.policies[-1], len(log.operations))
+    told = {k: log.curves[k][-1].item() for k in sorted(log.curves) if k != "losses"}
+    return {"hardest": losses.max().item(), "easiest": losses.min().item(), **spread, **told}
 
 # %% ../../nbs/05_advaa.ipynb #88b2515d
 def search_state(
@@ -213,12 +216,10 @@ def load_search(
     if search.steps: search.losses.load_state_dict(part("losses"))
     if search.steps and search.loop: search.losses.total = search.losses.total.to(search.loop.device)
 
-# %% ../../nbs/05_advaa.ipynb #55962408
+# %% ../../nbs/05_advaa.ipynb #e3a0aa05
 @dataclass(kw_only=True)
-class AdvAA(Method):
-    "Cross-entropy on M copies of each image, each under a policy; the adversary raises what the network lowers"
-    name: ClassVar[str] = "advaa"
-    takes_bytes: ClassVar[bool] = True
+class AdvaaSettings(Method):
+    "What decides how `AdvAA` trains"
     policy: str = "adversarial" # one of `POLICIES`
     copies: int = 8 # M, policies at a time and copies of each image
     sub_policies: int = 5 # Q of a policy; an image draws one for each copy
@@ -237,67 +238,9 @@ class AdvAA(Method):
     magnitude: float = 9. # of randaugment, of 30
     replayed: Any = None # what to replay: a `PolicyFile`, or the `TrainConfig` that made the log
 
-    def __post_init__(self) -> None:
-        check_method(self)
-        self.source: PolicyLog | None = None # what is replayed
-        self.pool: Tensor | None = None # where SamplePairing finds partners; None: the batch
-        self.fill: tuple[float, ...] | None = None # colour of the final square
-        self.search = Search(self)
-
-    def prepare(self, require: Any) -> None:
-        "Fetch the log to be replayed"
-        if self.policy == "replay": self.source = recorded_policies(self.replayed, require)
-
-    def attach(self, loop: Loop) -> None:
-        "Take seed, pool of partners and team from the training that this belongs to"
-        if loop.recipe.augment != "none":
-            raise SadalibError(f"the recipe's augment is {loop.recipe.augment}, but AdvAA crops and mirrors by itself: "
-                               'set it to "none".')
-        if loop.data.images.shape[1] == 1 and self.policy != "none":
-            raise SadalibError("the images have 1 channel, but Color needs 3: load them with `channels=3`.")
-        self.search, self.pool, self.fill = Search(self, loop.seed, loop), loop.data.images, None
-        self.search.epochs = max(1, loop.recipe.epochs)
-        self.search.log.meta = {"data": loop.data.name, "policy": self.policy, "seed": loop.seed,
-                                "rounds_an_epoch": self.search.rounds}
-        if self.policy == "replay": self.search.replayed(0) # a log that does not fit stops the run here
-
-    def epoch_start(self, epoch: int, epochs: int) -> None:
-        "Policies of a new epoch"
-        self.search.epochs = epochs
-        self.search.draw()
-
-    def views(self, images: Tensor, model: nn.Module, generator: torch.Generator | Shard | None) -> Tensor:
-        "What `model` sees of uint8 `images`: float copies in [0, 1], image by image, (B M, C, H, W)"
-        if self.fill is None: self.fill = _mean_colour(model, images.shape[1])
-        if self.crop == "resized": images = resized_crop(images, generator=generator)
-        return preprocess(images, self.search.draw(), padding=self.padding if self.crop == "pad" else 0, flip=self.flip,
-                          cutout=self.cutout, fill=self.fill, pool=self.pool, generator=generator).flatten(0, 1)
-
-    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, *,
-             generator: torch.Generator | Shard | None = None) -> dict[str, Tensor]:
-        "Mean cross-entropy over the copies; the loss of each policy is kept for the controller"
-        layout = self.search.loop.layout if self.search.loop else torch.contiguous_format
-        logits = model(self.views(images, model, generator).contiguous(memory_format=layout))
-        each = F.cross_entropy(logits.float(), labels.repeat_interleave(self.copies), reduction="none")
-        by_policy = each.view(len(labels), self.copies).mean(0) # (M,)
-        self.search.add(by_policy)
-        return {"total": by_policy.mean()}
-
-    def epoch_end(self, epoch: int, epochs: int) -> dict[str, float]:
-        "Close the round, keep the log beside the run, and tell what the controller did"
-        search = self.search
-        search.close()
-        if search.logged and search.loop and search.loop.folder and not search.loop.team.rank:
-            search.log.save(search.loop.folder.parent/"policies.safetensors")
-        return {f"advaa_{k}": v for k, v in search.numbers().items()}
-
-    def state_dict(self) -> dict[str, Tensor]: return search_state(self.search)
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: load_search(self.search, state)
-
-# %% ../../nbs/05_advaa.ipynb #e62918c8
+# %% ../../nbs/05_advaa.ipynb #41dcc53e
 def check_method(
-    method: AdvAA,
+    method: AdvaaSettings,
 ) -> None:
     "Refuse settings that cannot be trained with, in one sentence"
     if method.policy not in POLICIES:
@@ -320,3 +263,73 @@ def _mean_colour(model: nn.Module, channels: int) -> tuple[float, ...]:
     "The colour that `model`'s normalisation turns into 0"
     mean = getattr(model, "mean", None)
     return (0.,)*channels if mean is None else tuple(mean.flatten().tolist())
+
+# %% ../../nbs/05_advaa.ipynb #f30c152b
+def _check_training(loop: Loop, policy: str) -> None:
+    "Refuse a training that these copies cannot be made for"
+    if loop.recipe.augment != "none":
+        raise SadalibError(f"the recipe's augment is {loop.recipe.augment}, but AdvAA crops and mirrors by itself: "
+                           'set it to "none".')
+    if loop.data.images.shape[1] == 1 and policy != "none":
+        raise SadalibError("the images have 1 channel, but Color needs 3: load them with `channels=3`.")
+
+# %% ../../nbs/05_advaa.ipynb #1e945487
+@dataclass(kw_only=True)
+class AdvAA(AdvaaSettings):
+    "Cross-entropy on M copies of each image, each under a policy; the adversary raises what the network lowers"
+    name: ClassVar[str] = "advaa"
+    takes_bytes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_method(self)
+        self.source: PolicyLog | None = None # what is replayed
+        self.pool: Tensor | None = None # where SamplePairing finds partners; None: the batch
+        self.fill: tuple[float, ...] | None = None # colour of the final square
+        self.search = Search(self)
+
+    def prepare(self, require: Any) -> None:
+        "Fetch the log to be replayed"
+        if self.policy == "replay": self.source = recorded_policies(self.replayed, require)
+
+    def attach(self, loop: Loop) -> None:
+        "Take seed, pool of partners and team from the training that this belongs to"
+        _check_training(loop, self.policy)
+        self.search, self.pool, self.fill = Search(self, loop.seed, loop), loop.data.images, None
+        self.search.epochs = max(1, loop.recipe.epochs)
+        self.search.log.meta = {"data": loop.data.name, "policy": self.policy, "seed": loop.seed,
+                                "rounds_an_epoch": self.search.rounds}
+        if self.policy == "replay": self.search.replayed(0) # a log that does not fit stops the run here
+
+    def epoch_start(self, epoch: int, epochs: int) -> None:
+        "Policies of a new epoch"
+        self.search.epochs = epochs
+        self.search.draw()
+
+    def copies_of(self, images: Tensor, model: nn.Module, generator: torch.Generator | Shard | None) -> Tensor:
+        "What `model` sees of uint8 `images`: float copies in [0, 1], image by image, (B M, C, H, W)"
+        if self.fill is None: self.fill = _mean_colour(model, images.shape[1])
+        if self.crop == "resized": images = resized_crop(images, generator=generator)
+        return preprocess(images, self.search.draw(), padding=self.padding if self.crop == "pad" else 0, flip=self.flip,
+                          cutout=self.cutout, fill=self.fill, pool=self.pool, generator=generator).flatten(0, 1)
+
+    def loss(self, model: nn.Module, images: Tensor, labels: Tensor, *,
+             generator: torch.Generator | Shard | None = None) -> dict[str, Tensor]:
+        "Mean cross-entropy over the copies; the loss of each policy is kept for the controller"
+        layout = self.search.loop.layout if self.search.loop else torch.contiguous_format
+        logits = model(self.copies_of(images, model, generator).contiguous(memory_format=layout))
+        each = F.cross_entropy(logits.float(), labels.repeat_interleave(self.copies), reduction="none")
+        by_policy = each.view(len(labels), self.copies).mean(0) # (M,)
+        self.search.add(by_policy)
+        return {"total": by_policy.mean()}
+
+    def epoch_end(self, epoch: int, epochs: int) -> dict[str, float]:
+        "Close the round, keep the log beside the run, and tell what the controller did"
+        search = self.search
+        search.close()
+        if search.logged and search.loop and search.loop.folder and not search.loop.team.rank:
+            search.log.save(search.loop.folder.parent/"policies.safetensors")
+        return {f"advaa_{k}": v for k, v in round_numbers(search.log).items()}
+
+    def state_dict(self) -> dict[str, Tensor]: return search_state(self.search)
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: load_search(self.search, state)

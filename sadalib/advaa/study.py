@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-# %% ../../nbs/05c_advaa_study.ipynb #0908b9f2
+# %% ../../nbs/05c_advaa_study.ipynb #f04598f7
 @dataclass(frozen=True)
 class AdvaaParameters:
     "The parameters of `06_advaa_train`"
@@ -49,7 +49,7 @@ class AdvaaParameters:
     every: int | None = None # steps of a round, 0: an epoch
     controller_lr: float | None = None
     entropy_weight: float = 1e-5
-    logit_bound: float | None = None # 1.5 holds collapse off
+    logit_bound: float | None = None # of the controller's logits, 0: none; None: by profile
     carry_state: bool = False # of the LSTM between sub-policies
     decay: float = 1. # of the mean over a round's steps
     magnitude: float = 9. # of randaugment, of 30
@@ -60,7 +60,7 @@ class AdvaaParameters:
     batch_size: int | None = None # images, before the copies
     lr: float | None = None
     precision: str | None = None # float32 | bf16
-    corrupted: int | None = None # test images of each regenerated corruption, 0: not measured
+    corruption_images: int | None = None # test images of each regenerated corruption, 0: not measured
     baseline: bool = True # also the same training without policies
     seed: int = 0
     threads: int | None = None
@@ -139,16 +139,18 @@ def paper_rows() -> "DataFrame": # data, model, command, hours, published, toler
                      "published": float(error), "tolerance": round(2*float(spread), 2)})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/05c_advaa_study.ipynb #e15caf10
+# %% ../../nbs/05c_advaa_study.ipynb #019746e3
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "imagenet")
-_SMALL: dict[str, Any] = dict(model="wrn_16_1", copies=4, every=2, controller_lr=.01, threads=1, corrupted=500)
+_SMALL: dict[str, Any] = dict(model="wrn_16_1", copies=4, every=2, controller_lr=.01, logit_bound=2., threads=1,
+                              corruption_images=500)
 _CIFAR = dict(**_SMALL, train_images=2000, valid_images=1000,
               recipe=Recipe(epochs=8, batch_size=64, lr=.1, warmup=30, precision="float32"))
 _ROWS: dict[tuple[str, str], dict[str, Any]] = {
-    ("digits", "small"): dict(**_SMALL, train_images=1000, recipe=Recipe(epochs=8, batch_size=50, lr=.1, warmup=20)),
+    ("digits", "small"): {**_SMALL, "every": 1, "corruption_images": 300, "train_images": 600,
+                          "recipe": Recipe(epochs=8, batch_size=30, lr=.05, warmup=20)},
     ("cifar10", "small"): _CIFAR, ("cifar100", "small"): _CIFAR, ("svhn", "small"): _CIFAR,
     ("folder", "small"): {**_CIFAR, "train_images": None, "valid_images": None}}
-_SMOKE: dict[str, Any] = dict(model="tinynet", copies=2, every=2, controller_lr=.01, threads=1, corrupted=20, train_images=200,
+_SMOKE: dict[str, Any] = dict(model="tinynet", copies=2, every=2, controller_lr=.01, logit_bound=2., threads=1, corruption_images=20, train_images=200,
                               recipe=Recipe(epochs=3, batch_size=50, lr=.05, warmup=5))
 _USUAL = {"imagenet": "resnet50", "folder": "resnet50"} # else wrn_28_10
 _CUTOUT = {"digits": 8, "svhn": 20, "imagenet": 0, "folder": 0} # else 16; large photographs: none in the public code
@@ -158,23 +160,23 @@ def _paper_row(kind: str, model: str | None) -> dict[str, Any]:
     name = model or _USUAL.get(kind, "wrn_28_10")
     like = {"imagenet": "imagenet", "folder": "imagenet", "cifar100": "cifar100"}.get(kind, "cifar10")
     first = PAPER[like, "resnet50" if like == "imagenet" else "wrn_28_10"]
-    return dict(model=name, copies=8, every=0, controller_lr=3.5e-4, threads=2, corrupted=0 if like == "imagenet" else 10000,
+    return dict(model=name, copies=8, every=0, controller_lr=3.5e-4, logit_bound=0., threads=2, corruption_images=0 if like == "imagenet" else 10000,
                 recipe=PAPER.get((like, name), first), valid_images=0 if kind == "imagenet" else None)
 
-# %% ../../nbs/05c_advaa_study.ipynb #d3c0a63c
+# %% ../../nbs/05c_advaa_study.ipynb #c7b9be73
 def settings(
     p: AdvaaParameters,
-) -> dict[str, Any]: # model, copies, every, controller_lr, threads, corrupted, cutout, train_images, valid_images, size, recipe
+) -> dict[str, Any]: # model, copies, every, controller_lr, logit_bound, threads, corruption_images, cutout, train_images, valid_images, size, recipe
     "What parameters `p` come down to: their profile's row with explicit values in place"
     kind, profile = p.dataset.partition("/")[0], resolve_profile(p.profile)
     row = _paper_row(kind, p.model) if profile == "paper" else _SMOKE if profile == "smoke" else _ROWS[kind, "small"]
     row = {"train_images": None, "valid_images": None, "cutout": _CUTOUT.get(kind, 16), "size": 32, **row}
     if profile == "paper" and kind in ("imagenet", "folder"): row["size"] = 224
     given = {k: getattr(p, k) for k in ("epochs", "batch_size", "lr", "precision") if getattr(p, k) is not None}
-    names = ("model", "copies", "every", "controller_lr", "threads", "corrupted", "cutout", "train_images")
+    names = ("model", "copies", "every", "controller_lr", "logit_bound", "threads", "corruption_images", "cutout", "train_images")
     return {**row, **{k: getattr(p, k) for k in names if getattr(p, k) is not None}, "recipe": replace(row["recipe"], **given)}
 
-# %% ../../nbs/05c_advaa_study.ipynb #51d18f90
+# %% ../../nbs/05c_advaa_study.ipynb #ef01b616
 def check_advaa(
     p: Any, # AdvaaParameters or CompareParameters
 ) -> None:
@@ -190,19 +192,19 @@ def check_advaa(
         raise SadalibError(f"unknown model `{p.model}`{did_you_mean(p.model, NETWORKS)}")
     policy = getattr(p, "policy", "random")
     if policy not in POLICIES: raise SadalibError(f"unknown policy `{policy}`{did_you_mean(policy, POLICIES)}")
-    for name in ("copies", "every", "corrupted", "epochs"):
+    for name in ("copies", "every", "corruption_images", "epochs"):
         value = getattr(p, name, None)
         if value is not None and value < (1 if name == "copies" else 0):
             raise SadalibError(f"parameter `{name}` is {value}: expected {1 if name == 'copies' else 0} or more.")
 
-# %% ../../nbs/05c_advaa_study.ipynb #3a6c2b0b
+# %% ../../nbs/05c_advaa_study.ipynb #be3179a0
 def advaa_method(
     p: AdvaaParameters,
 ) -> AdvAA:
     "The method that parameters `p` name"
     row, kind = settings(p), p.dataset.partition("/")[0]
     own = p.policy == "adversarial"
-    searched = dict(controller_lr=row["controller_lr"], entropy_weight=p.entropy_weight, logit_bound=p.logit_bound,
+    searched = dict(controller_lr=row["controller_lr"], entropy_weight=p.entropy_weight, logit_bound=row["logit_bound"] or None,
                     carry_state=p.carry_state) if own else {}
     rounds = row["every"] or None if p.policy in ("adversarial", "random", "replay") else None
     return AdvAA(policy=p.policy, copies=row["copies"], sub_policies=p.sub_policies, operations=p.operations, every=rounds,
@@ -242,7 +244,7 @@ def corrupted(
     "The run that measures a training on regenerated corruptions"
     return CorruptionConfig(trained=config, suite="regenerated", n=n)
 
-# %% ../../nbs/05c_advaa_study.ipynb #13643c7d
+# %% ../../nbs/05c_advaa_study.ipynb #4dbae832
 @dataclass(frozen=True)
 class CompareParameters:
     "The parameters of `06a_advaa_compare` and `06b_advaa_ablate`"
@@ -254,26 +256,26 @@ class CompareParameters:
     every: int | None = None # steps of a round, 0: an epoch
     controller_lr: float | None = None
     entropy_weight: float = 1e-5
-    logit_bound: float | None = None
+    logit_bound: float | None = None # 0: none; None: by profile
     train_images: int | None = None
     epochs: int | None = None
     batch_size: int | None = None
     lr: float | None = None
     precision: str | None = None # float32 | bf16
-    corrupted: int | None = None # test images of each corruption
+    corruption_images: int | None = None # test images of each corruption
     processes: int | None = None # runs at once; None: as many as there are cores
     profile: str = "auto" # auto | smoke | small | paper
     save: bool = False # write pictures and tables to figures/
     force: bool = False # let a lower profile overwrite a better one's figures
 
-# %% ../../nbs/05c_advaa_study.ipynb #39ca1e3c
+# %% ../../nbs/05c_advaa_study.ipynb #8bc317ba
 ARMS = {"erm": "ERM + Cutout, equal steps", "erm_compute": "ERM + Cutout, equal compute", "copies": "M plain copies",
         "random": "uniform random policies", "adversarial": "adversarial policies", "trivialaugment": "TrivialAugment",
         "randaugment": "RandAugment", "autoaugment": "AutoAugment", "replay": "adversarial policies of another seed"}
 MAIN_ARMS = ("erm", "erm_compute", "random", "adversarial", "trivialaugment")
 SEEDS = {"smoke": (0, 1), "small": (1, 2, 3), "paper": (1, 2, 3)} # seed 0 was seen while this was built
 _SHARED = ("dataset", "model", "copies", "every", "controller_lr", "entropy_weight", "logit_bound", "train_images", "epochs",
-           "batch_size", "lr", "precision", "corrupted", "profile")
+           "batch_size", "lr", "precision", "corruption_images", "profile")
 
 def arms_of(
     p: CompareParameters,
@@ -323,11 +325,11 @@ def compare_configs(
     check_advaa(p)
     return {(arm, seed): arm_of(p, arm, seed=seed) for seed in seeds_of(p) for arm in arms_of(p)}
 
-# %% ../../nbs/05c_advaa_study.ipynb #7da76745
+# %% ../../nbs/05c_advaa_study.ipynb #267811d1
 COPIES = {"smoke": (2, 3), "small": (2, 4, 8), "paper": (2, 4, 8, 16, 32)}
 CONTROLS: dict[str, dict[str, Any]] = { # what differs from the adversary of the comparison
-    "as compared": {}, "entropy weight .1": {"entropy_weight": .1}, "logits within 1.5": {"logit_bound": 1.5},
-    "state carried": {"carry_state": True}, "15 operations": {"operations": 15}, "moving average .95": {"decay": .95}}
+    "as compared": {}, "logits unbounded": {"logit_bound": 0.}, "unbounded, entropy weight .1":
+    {"logit_bound": 0., "entropy_weight": .1}, "logits within 1": {"logit_bound": 1.}, "state carried": {"carry_state": True}, "15 operations": {"operations": 15}, "moving average .95": {"decay": .95}}
 
 def copies_configs(
     p: CompareParameters,
@@ -491,7 +493,7 @@ def pair_table(
     kinds = [d for d in (p.dataset, CORRUPTED, AVERAGE) if (frame.data == d).any()]
     return pd.concat([paired_table(frame, "arm", pairs, data) for data in kinds], ignore_index=True)
 
-# %% ../../nbs/05c_advaa_study.ipynb #8f74d1ad
+# %% ../../nbs/05c_advaa_study.ipynb #63a0e58b
 def advaa_claims(
     p: CompareParameters,
     paired: "DataFrame", # of `pair_table`
@@ -510,8 +512,8 @@ def advaa_claims(
         out.append(Claim("advaa", f"{words} ({p.dataset})", "06a_advaa_compare", len(seeds_of(p)), 35, "difference above 0",
                          "the comparison was never published; abstract for the gain over ERM", "95 % interval above 0 on clean "
                          "and on corrupted test images", "; ".join(map(_told, found)), said,
-                         f"{why}highest final entropy {entropy:.1f} nats; {len(seeds_of(p))} seeds, reduced scale, rounds of "
-                         "two steps and a controller rate of .01", resolve_profile(p.profile), runs))
+                         f"{why}highest final entropy {entropy:.1f} nats; {len(seeds_of(p))} seeds, reduced scale, rounds of one "
+                         "or two steps, a controller rate of .01 and logits within 2", resolve_profile(p.profile), runs))
     return out
 
 # %% ../../nbs/05c_advaa_study.ipynb #fd174a34
