@@ -3,17 +3,22 @@ import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from sadalib import benchmarks
+from sadalib.advaa import OPERATIONS, apply_op, uniform_policies
 from sadalib.benchmarks import (
     LIMITS,
     SUBJECTS,
     BenchmarkConfig,
     CostParameters,
     attacked_input,
+    augment_costs,
+    batch_augment,
     batch_slots,
     cost_configs,
     exact_costs,
@@ -21,17 +26,30 @@ from sadalib.benchmarks import (
     interleaved,
     limit_of,
     linear_costs,
+    measure_all,
     module_loop,
+    network_pass,
     on_both_clocks,
+    pillow_augment,
+    pillow_operations,
     published_problems,
     ratio,
     scikit_logistic,
+    search_loop,
+    shaken_by_block,
+    step_by_copy,
+    step_copies,
+    step_costs,
     theory_costs,
 )
+from sadalib.data import load
 from sadalib.disparity import linear, robust_margins, solve_linear, train_linear
-from sadalib.runs import SadalibError, record, require
+from sadalib.runs import SadalibError, record, require, seeded
+from sadalib.shake_networks import ShakeBlock, ShakeShake
+from sadalib.training import take_step
 
-SIZES = {"attack": 8, "throughput": 8, "linear": 80, "grid": 60, "exact": 700, "theory": 10}
+SIZES = {"attack": 8, "throughput": 8, "linear": 80, "grid": 60, "exact": 700, "theory": 10,
+         "augment": 8, "advaa_step": 4, "shake": 2}
 SLOW = {"map", "stop"} # on data and training: shown in the notebook
 
 
@@ -51,10 +69,11 @@ def test_every_subject_gives_finite_ratios(subject, tmp_path):
 
 
 def test_every_limit_names_a_metric_that_is_measured(monkeypatch):
-    monkeypatch.setattr(benchmarks, "on_both_clocks", lambda work, rounds: ({k: [1.]*rounds for k in work},)*2)
-    monkeypatch.setattr(benchmarks, "interleaved", lambda work, rounds, *_: {k: [1.]*rounds for k in work})
+    monkeypatch.setattr(benchmarks, "on_both_clocks", lambda work, rounds, *_: ({k: [1.]*rounds for k in work},)*2)
+    monkeypatch.setattr(benchmarks, "interleaved", lambda work, rounds, *_, **__: {k: [1.]*rounds for k in work})
     found = {row["metric"] for rows in (linear_costs(60, 1), exact_costs(700, 1), theory_costs(5, 1),
-             benchmarks.map_costs(8, 1), benchmarks.attack_costs(4, 1), grid_costs(60)) for row in rows}
+             benchmarks.map_costs(8, 1), benchmarks.attack_costs(4, 1), grid_costs(60), augment_costs(2, 1),
+             step_costs(2, 1)) for row in rows}
     assert set(LIMITS) <= found | {m.removeprefix("reduced ") for m in found}
 
 
@@ -141,6 +160,85 @@ def test_theory_starts_from_nothing_each_time():
     assert theory._threshold.cache_info().misses == spent > 0
 
 
+@pytest.mark.parametrize("batched", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_pillow_gives_the_same_floats(batched, seed):
+    images, policies = load("digits", "train", limit=20).images, uniform_policies(5, generator=seeded("policies", seed))
+    ours = batch_augment(images, policies, generator=seeded(seed))
+    theirs = pillow_augment(images.permute(0, 2, 3, 1).numpy(), policies, batched=batched, generator=seeded(seed))
+    assert ours.shape == (100, 3, 32, 32) and torch.equal(ours, theirs)
+    assert (ours == 0).all(1).flatten(1).sum(1).min() >= 8*8 # the square, in the mean's colour
+
+
+def test_pillow_has_every_operation():
+    image, others = torch.randint(0, 256, (2, 3, 32, 32), generator=seeded(1)).byte(), torch.tensor([1, 1])
+    pictures = [Image.fromarray(x.permute(1, 2, 0).numpy()) for x in image]
+    for name in OPERATIONS:
+        done = pillow_operations()[name](pictures[0], benchmarks._value(name, 8, -1), [7., 20.], pictures[1])
+        ours = apply_op(image, name, 8, -1, centres=torch.tensor([[7., 20.]]*2), partners=others)[0]
+        assert np.array_equal(np.asarray(done), ours.permute(1, 2, 0).numpy()), name
+
+
+def test_the_largest_difference_is_measured(monkeypatch):
+    rows = {row["metric"]: row["value"] for row in augment_costs(2, 1)}
+    assert rows["augmentation by Pillow - by preprocess, largest difference"] == 0
+    monkeypatch.setattr(benchmarks, "pillow_augment", lambda x, p, **_: batch_augment(
+        torch.from_numpy(x).permute(0, 3, 1, 2), p, generator=seeded("other")))
+    rows = {row["metric"]: row["value"] for row in augment_costs(2, 1)}
+    assert rows["augmentation by Pillow - by preprocess, largest difference"] > .1
+
+
+@pytest.mark.parametrize("batch", [2, 6])
+def test_bytes_handed_over_are_those_of_the_images(batch):
+    images, labels, copies = step_copies(search_loop(batch, "tinynet"))
+    assert images.dtype == torch.uint8 and images.shape == (batch, 3, 32, 32) and len(labels) == batch
+    assert copies.dtype == torch.float32 and copies.nbytes == 4*4*images.nbytes
+    counted = [row for row in step_costs(batch, 1) if row["metric"].startswith("bytes of float copies")]
+    assert [row["value"] for row in counted] == [16]
+
+
+def test_a_step_its_rival_and_its_floor_do_the_same_work():
+    ours, user, floor = (search_loop(6, "tinynet") for _ in range(3))
+    for loop in (ours, user, floor): loop.model.eval() # where BatchNorm mixes copies, gradients differ
+    _, labels, copies = step_copies(floor)
+    for group in floor.optimizer.param_groups + user.optimizer.param_groups: group["lr"] = ours.recipe.lr/ours.recipe.warmup
+    total = float(take_step(ours)["total"])
+    assert sum(step_by_copy(user))/4 == pytest.approx(total, abs=1e-5) and user.step == ours.step == 1
+    network_pass(floor, copies, labels.repeat_interleave(4))
+    for a, b, c in zip(*(loop.model.parameters() for loop in (ours, user, floor)), strict=True):
+        assert torch.allclose(a, b, atol=1e-5) and torch.allclose(a, c, atol=1e-5)
+    assert ours.method.search.steps == 1 and user.method.search.steps == 0
+
+
+def test_the_search_that_is_timed_updates_the_controller(monkeypatch):
+    loops, inner = [], benchmarks.search_loop
+    monkeypatch.setattr(benchmarks, "search_loop", lambda n: loops.append(inner(n, "tinynet")) or loops[-1])
+    step_costs(2, 2)
+    assert [loop.method.search.round for loop in loops] == [0, 0, 0, 3] and len(loops[3].method.search.log) == 3
+    assert [loop.step for loop in loops] == [3, 3, 0, 0]
+
+
+def test_blocks_that_draw_for_themselves_are_the_same_network():
+    net, x = ShakeShake(8, 4), torch.rand(3, 3, 16, 16, generator=seeded(0))
+    other = shaken_by_block(net)
+    assert sum(isinstance(m, ShakeBlock) for m in net.modules()) == 3 and not torch.equal(other(x), other(x))
+    for m in [*net.modules(), *other.modules()]:
+        if isinstance(m, ShakeBlock): m.branch2 = m.branch1 # two equal branches: their weights add up to 1
+    assert torch.allclose(net(x), other(x), atol=1e-5)
+
+
+def test_progress_counts_seconds_of_what_is_not_there(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr(benchmarks.Progress, "update", lambda self, n=1, **shown: said.append((self.total, n, shown)))
+    configs = [BenchmarkConfig(name, 2, rounds=1, threads=1) for name in ("shake", "advaa_step")]
+    require(configs[0], root=tmp_path)
+    said.clear()
+    assert [run.config for run in measure_all(configs, root=tmp_path)] == configs
+    seconds = benchmarks._USUAL["advaa_step"].seconds
+    assert [row for row in said if row[2]] == [(seconds, seconds, {"finished": "advaa_step"})]
+    assert set(benchmarks._USUAL) == set(SUBJECTS)
+
+
 def test_ratios_pair_rounds():
     assert ratio([2., 8., 3.], [1., 2., 3.]) == {"value": 2., "low": 1., "high": 4.}
     assert ratio([1.], [2.], 10)["value"] == 5
@@ -162,9 +260,12 @@ def test_configurations_follow_profile_and_parameters():
     full, smoke = (cost_configs(CostParameters(), profile) for profile in ("paper", "smoke"))
     assert set(full) == set(smoke) == set(SUBJECTS) and next(iter(full)) == "grid"
     assert {full[s].n for s in ("linear", "grid", "exact")} == {4000} and {c.rounds for c in smoke.values()} == {1}
-    assert {full[s].threads for s in ("linear", "grid", "exact", "theory")} == {1} and full["map"].threads == 2
+    assert {full[s].threads for s in ("linear", "grid", "exact", "theory", "augment", "advaa_step", "shake")} == {1}
+    assert full["map"].threads == 2 and full["map"].rounds == 9
+    assert cost_configs(CostParameters(), "small")["map"].rounds == 5
     own = cost_configs(CostParameters(images=5, points=77, rounds=3, threads=4), "small", "cuda")
     assert (own["map"].n, own["linear"].n, own["theory"].n, own["throughput"].device) == (5, 77, 200, "cuda")
+    assert {own[s].n for s in ("augment", "advaa_step", "shake")} == {5}
     assert own["grid"].rounds == 1 and {c.rounds for s, c in own.items() if s != "grid"} == {3}
     assert {c.threads for c in own.values()} == {4}
     assert cost_configs(CostParameters(), "small", "cuda")["throughput"].n == 2048
@@ -179,7 +280,7 @@ def test_an_unknown_subject_is_refused_before_anything_runs(name, near):
 def test_importing_is_light():
     code = """if True:
         import sys, sadalib.benchmarks
-        heavy = {"matplotlib", "pandas", "sklearn", "scipy", "PIL", "ipywidgets", "sadalib.disparity"}
+        heavy = {"matplotlib", "pandas", "sklearn", "scipy", "PIL", "ipywidgets", "sadalib.disparity", "sadalib.advaa"}
         print(sorted(heavy & set(sys.modules)))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -4,31 +4,29 @@
 
 # %% auto #0
 __all__ = ['PAPER', 'SOURCE', 'DATASETS', 'ARMS', 'MAIN_ARMS', 'SEEDS', 'COPIES', 'CONTROLS', 'CORRUPTED', 'LEARNED', 'PAIRS',
-           'COLLAPSES', 'AdvaaParameters', 'published', 'paper_hours', 'paper_rows', 'settings', 'check_advaa',
-           'advaa_method', 'advaa_config', 'erm_of', 'corrupted', 'CompareParameters', 'arms_of', 'one_of', 'arm_of',
-           'seeds_of', 'compare_configs', 'copies_configs', 'control_configs', 'advaa_frame', 'log_of', 'policy_frame',
+           'AdvaaParameters', 'published', 'paper_hours', 'paper_rows', 'settings', 'check_advaa', 'advaa_method',
+           'advaa_config', 'erm_of', 'corrupted', 'CompareParameters', 'arms_of', 'one_of', 'arm_of', 'seeds_of',
+           'compare_configs', 'copies_configs', 'control_configs', 'advaa_frame', 'log_of', 'policy_frame',
            'final_entropy', 'plot_rounds', 'policy_grid', 'search_cost', 'as_registered', 'pair_table', 'advaa_claims',
-           'paper_claims', 'CollapseConfig', 'collapse_run', 'collapse_configs', 'collapse_frame', 'plot_collapses',
-           'collapse_claim']
+           'paper_claims']
 
-# %% ../../nbs/05c_advaa_study.ipynb #70fa7e5e
+# %% ../../nbs/05c_advaa_study.ipynb #52d25744
 import math, time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import POLICIES, AdvAA, PolicyLog, load_policies, policy_file, preprocess
-from .controller import Controller, controller_optimizer, policy_diversity, toy_search, update
+from .controller import Controller, controller_optimizer, policy_diversity, update
 from .ops import effective_strength
 from ..data import TASKS
 from ..models import NETWORKS, create_model
 from ..recipes import PROFILES, resolve_profile
 from ..report import VERDICTS, Claim
 from ..robustness import CorruptionConfig, corruption_frame
-from ..runs import Run, SadalibError, computes, cpu_threads, did_you_mean, finish, open_run, seeded
-from ..runs import record as record_of
+from ..runs import Run, SadalibError, did_you_mean, seeded
 from ..studies import AVERAGE, paired_table, scores, verdict
 from ..training import Recipe, TrainConfig
 
@@ -139,7 +137,7 @@ def paper_rows() -> "DataFrame": # data, model, command, hours, published, toler
                      "published": float(error), "tolerance": round(2*float(spread), 2)})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/05c_advaa_study.ipynb #019746e3
+# %% ../../nbs/05c_advaa_study.ipynb #fecb89f0
 DATASETS = ("digits", "cifar10", "cifar100", "svhn", "imagenet")
 _SMALL: dict[str, Any] = dict(model="wrn_16_1", copies=4, every=2, controller_lr=.01, logit_bound=2., threads=1,
                               corruption_images=500)
@@ -150,7 +148,8 @@ _ROWS: dict[tuple[str, str], dict[str, Any]] = {
                           "recipe": Recipe(epochs=8, batch_size=30, lr=.05, warmup=20)},
     ("cifar10", "small"): _CIFAR, ("cifar100", "small"): _CIFAR, ("svhn", "small"): _CIFAR,
     ("folder", "small"): {**_CIFAR, "train_images": None, "valid_images": None}}
-_SMOKE: dict[str, Any] = dict(model="tinynet", copies=2, every=2, controller_lr=.01, logit_bound=2., threads=1, corruption_images=20, train_images=200,
+_SMOKE: dict[str, Any] = dict(model="tinynet", copies=2, every=2, controller_lr=.01, logit_bound=2., threads=1,
+                              corruption_images=20, train_images=200,
                               recipe=Recipe(epochs=3, batch_size=50, lr=.05, warmup=5))
 _USUAL = {"imagenet": "resnet50", "folder": "resnet50"} # else wrn_28_10
 _CUTOUT = {"digits": 8, "svhn": 20, "imagenet": 0, "folder": 0} # else 16; large photographs: none in the public code
@@ -160,13 +159,14 @@ def _paper_row(kind: str, model: str | None) -> dict[str, Any]:
     name = model or _USUAL.get(kind, "wrn_28_10")
     like = {"imagenet": "imagenet", "folder": "imagenet", "cifar100": "cifar100"}.get(kind, "cifar10")
     first = PAPER[like, "resnet50" if like == "imagenet" else "wrn_28_10"]
-    return dict(model=name, copies=8, every=0, controller_lr=3.5e-4, logit_bound=0., threads=2, corruption_images=0 if like == "imagenet" else 10000,
+    return dict(model=name, copies=8, every=0, controller_lr=3.5e-4, logit_bound=0., threads=2,
+                corruption_images=0 if like == "imagenet" else 10000,
                 recipe=PAPER.get((like, name), first), valid_images=0 if kind == "imagenet" else None)
 
-# %% ../../nbs/05c_advaa_study.ipynb #c7b9be73
+# %% ../../nbs/05c_advaa_study.ipynb #fb56a64c
 def settings(
     p: AdvaaParameters,
-) -> dict[str, Any]: # model, copies, every, controller_lr, logit_bound, threads, corruption_images, cutout, train_images, valid_images, size, recipe
+) -> dict[str, Any]: # the names of the profiles' rows
     "What parameters `p` come down to: their profile's row with explicit values in place"
     kind, profile = p.dataset.partition("/")[0], resolve_profile(p.profile)
     row = _paper_row(kind, p.model) if profile == "paper" else _SMOKE if profile == "smoke" else _ROWS[kind, "small"]
@@ -174,7 +174,8 @@ def settings(
     if profile == "paper" and kind in ("imagenet", "folder"): row["size"] = 224
     given = {k: getattr(p, k) for k in ("epochs", "batch_size", "lr", "precision") if getattr(p, k) is not None}
     names = ("model", "copies", "every", "controller_lr", "logit_bound", "threads", "corruption_images", "cutout", "train_images")
-    return {**row, **{k: getattr(p, k) for k in names if getattr(p, k) is not None}, "recipe": replace(row["recipe"], **given)}
+    explicit = {k: getattr(p, k) for k in names if getattr(p, k) is not None}
+    return {**row, **explicit, "recipe": replace(row["recipe"], **given)}
 
 # %% ../../nbs/05c_advaa_study.ipynb #ef01b616
 def check_advaa(
@@ -325,11 +326,12 @@ def compare_configs(
     check_advaa(p)
     return {(arm, seed): arm_of(p, arm, seed=seed) for seed in seeds_of(p) for arm in arms_of(p)}
 
-# %% ../../nbs/05c_advaa_study.ipynb #267811d1
+# %% ../../nbs/05c_advaa_study.ipynb #f1dbbdfd
 COPIES = {"smoke": (2, 3), "small": (2, 4, 8), "paper": (2, 4, 8, 16, 32)}
 CONTROLS: dict[str, dict[str, Any]] = { # what differs from the adversary of the comparison
-    "as compared": {}, "logits unbounded": {"logit_bound": 0.}, "unbounded, entropy weight .1":
-    {"logit_bound": 0., "entropy_weight": .1}, "logits within 1": {"logit_bound": 1.}, "state carried": {"carry_state": True}, "15 operations": {"operations": 15}, "moving average .95": {"decay": .95}}
+    "as compared": {}, "logits unbounded": {"logit_bound": 0.},
+    "unbounded, entropy weight .1": {"logit_bound": 0., "entropy_weight": .1}, "logits within 1": {"logit_bound": 1.},
+    "state carried": {"carry_state": True}, "15 operations": {"operations": 15}, "moving average .95": {"decay": .95}}
 
 def copies_configs(
     p: CompareParameters,
@@ -474,7 +476,7 @@ def as_registered(
     "Whether only the data, the profile and what changes no number differ from the defaults: claims rest on nothing else"
     return p == CompareParameters(dataset=p.dataset, profile=p.profile, processes=p.processes, save=p.save, force=p.force)
 
-# %% ../../nbs/05c_advaa_study.ipynb #361c199c
+# %% ../../nbs/05c_advaa_study.ipynb #71f3dc64
 def _told(row: Mapping) -> str:
     "A difference with its interval, and what the interval decides"
     decides = "" if row["low"] > 0 else " (the opposite)" if row["high"] < 0 else " (undecided)"
@@ -487,11 +489,13 @@ def pair_table(
 ) -> "DataFrame": # arm, against, data, difference (points), low, high, seeds
     "Differences of the claims' pairs, seed by seed, on clean and on corrupted images"
     import pandas as pd
-    there = set(frame.arm)
-    pairs = [pair for group in PAIRS.values() for pair in group if set(pair) <= there]
-    pairs = list(dict.fromkeys(pairs + [(a, "random") for a in arms_of(p) if a != "random" and {a, "random"} <= there]))
-    kinds = [d for d in (p.dataset, CORRUPTED, AVERAGE) if (frame.data == d).any()]
-    return pd.concat([paired_table(frame, "arm", pairs, data) for data in kinds], ignore_index=True)
+    others = [(arm, "random") for arm in arms_of(p) if arm != "random"]
+    wanted = dict.fromkeys([*(pair for group in PAIRS.values() for pair in group), *others])
+    parts = []
+    for data in (p.dataset, CORRUPTED, AVERAGE):
+        there = set(frame[frame.data == data].arm)
+        parts.append(paired_table(frame, "arm", [pair for pair in wanted if set(pair) <= there], data))
+    return pd.concat([part for part in parts if len(part)], ignore_index=True)
 
 # %% ../../nbs/05c_advaa_study.ipynb #63a0e58b
 def advaa_claims(
@@ -524,90 +528,3 @@ def paper_claims() -> list[Claim]:
                   "06_advaa_train", 0, 60*r["hours"], r["published"], SOURCE, r["tolerance"], None, VERDICTS[-1],
                   f"`{r['command']}` takes at least {r['hours']:.0f} hours of one large GPU (counted passes, UNVERIFIED)")
             for r in rows]
-
-# %% ../../nbs/05c_advaa_study.ipynb #7cb747ee
-@dataclass(frozen=True)
-class CollapseConfig:
-    "A search against a synthetic reward: no data, no network"
-    experiment: ClassVar[str] = "collapse"
-    updates: int = 600
-    noise: float = .02 # standard deviation of the reward
-    lr: float = 3.5e-4
-    entropy_weight: float = 1e-5
-    logit_bound: float | None = None
-    copies: int = 8
-    seed: int = 0
-
-@computes(CollapseConfig)
-def collapse_run(
-    run: Run, # of a `CollapseConfig`
-    *,
-    device: str | None = None, # always computed on the CPU
-) -> None:
-    "Search, and write entropy and top operation's share of every tenth epoch as the result of `run`"
-    c = run.config
-    with cpu_threads(1), open_run(run, "cpu"):
-        record, _ = toy_search(c.updates, m=c.copies, noise=c.noise, lr=c.lr, entropy_weight=c.entropy_weight,
-                               logit_bound=c.logit_bound, seed=c.seed)
-        kept = [r for i, r in enumerate(record.rows) if i % 10 == 0 or i == len(record.rows) - 1]
-        rows = [{"metric": "entropy", "epoch": r["epoch"], "value": round(r["entropy"], 4), "top_share": round(r["top_share"], 4)}
-                for r in kept]
-        finish(run, rows, method="synthetic reward", seed=c.seed)
-
-# %% ../../nbs/05c_advaa_study.ipynb #8f51e1dd
-COLLAPSES: dict[str, dict[str, Any]] = {
-    "published settings": {}, "entropy weight .01": {"entropy_weight": .01}, "entropy weight .1": {"entropy_weight": .1},
-    "logits within 1.5": {"logit_bound": 1.5}, "rate times ten": {"lr": 3.5e-3}}
-
-def collapse_configs(
-    profile: str = "auto",
-) -> dict[tuple[str, int], CollapseConfig]: # by setting and seed
-    "The searches behind the figure of the collapse"
-    smoke = resolve_profile(profile) == "smoke"
-    return {(name, seed): CollapseConfig(updates=20 if smoke else 600, seed=seed, **changes)
-            for name, changes in COLLAPSES.items() for seed in ((0,) if smoke else (0, 1, 2))}
-
-# %% ../../nbs/05c_advaa_study.ipynb #2cdb7744
-def collapse_frame(
-    runs: "Mapping[tuple[str, int], Run]", # finished, by setting and seed
-) -> "DataFrame": # setting, seed, epoch, entropy, top_share, run
-    "Entropy and top operation's share over epochs, by setting and seed"
-    import pandas as pd
-    return pd.DataFrame([{"setting": name, "seed": seed, "epoch": m["epoch"], "entropy": m["value"], "top_share": m["top_share"],
-                          "run": run.id} for (name, seed), run in runs.items() for m in record_of(run)["metrics"]])
-
-# %% ../../nbs/05c_advaa_study.ipynb #51023980
-def plot_collapses(
-    frame: "DataFrame", # of `collapse_frame`
-) -> "Figure":
-    "Entropy over epochs of each setting: all seeds, with the thresholds of the verdict"
-    from sadalib.report import panels, style
-    with style():
-        figure, (axis,) = panels(1, size=(5.2, 3.2))
-        for i, (name, part) in enumerate(frame.groupby("setting", sort=False)):
-            for k, (_, one) in enumerate(part.groupby("seed")):
-                axis.plot(one.epoch, one.entropy, color=f"C{i}", lw=1, label=name if not k else None)
-        for level in (20, 30): axis.axhline(level, color="gray", lw=.8, ls=":")
-        axis.set(xlabel="epoch (one update each)", ylabel="entropy of a policy [nats]", ylim=(0, None))
-        axis.legend(fontsize=7)
-    return figure
-
-# %% ../../nbs/05c_advaa_study.ipynb #4152a575
-def collapse_claim(
-    frame: "DataFrame", # of `collapse_frame`
-    runs: tuple, # finished
-    profile: str = "auto",
-) -> Claim:
-    "Collapse is a property of the search, not of data"
-    last = frame[frame.epoch == frame.epoch.max()]
-    ends = {name: part.entropy for name, part in last.groupby("setting", sort=False)}
-    falls, held = ends["published settings"].max() < 20, (ends["entropy weight .1"], ends["logits within 1.5"])
-    holds = min(v.min() for v in held) > 30
-    return Claim("advaa", "The published search collapses under a synthetic reward, without data; bounded logits or an "
-                 "entropy weight of .1 hold it off", "06b_advaa_ablate", int(last.seed.nunique()), 3,
-                 "below 20 nats at epoch 600 with published settings, above 30 with either remedy",
-                 "the public code's README names the collapse; its cause and both thresholds are ours", "20 and 30 nats",
-                 "; ".join(f"{name}: {v.min():.1f} to {v.max():.1f}" for name, v in ends.items()),
-                 VERDICTS[0] if falls and holds else VERDICTS[1] if falls or holds else VERDICTS[2],
-                 "thresholds were fixed before these seeds were run; a measurement with another reward was known",
-                 resolve_profile(profile), runs)
