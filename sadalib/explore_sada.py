@@ -74,7 +74,16 @@ def _sada(steps: int, step_size: float, guidance: str, init: str | None, strengt
     return SADA(steps=steps, step_size=step_size, guidance=guidance, init=STARTS[name], strength=strength,
                 shuffle_seed=seed, brightness=brightness)
 
-# %% ../nbs/12a_explore_sada.ipynb #7fdb8147
+# %% ../nbs/12a_explore_sada.ipynb #1292c2a8
+def _placed(method: SADA, map: SensitivityMap | Tensor | None, size: tuple[int, int]) -> Tensor | None: # (H, W//2+1)
+    "The factor of the steps of `method` guided by `map` on images of `size`; None for the same everywhere"
+    if method.guidance != "uniform" and map is None:
+        raise SadalibError(f'{method.guidance} steps need a sensitivity map, and this probe has none: pass '
+                           'SadaProbe a map, or ask with guidance "uniform".')
+    if map is not None: method.use_map(map)
+    return method.placed(*size)
+
+# %% ../nbs/12a_explore_sada.ipynb #d35a31c5
 class SadaProbe(ModelProbe):
     "Attacks the amplitudes of `images` and asks `model` again: `.at(steps, step_size, ...)`, plain data, no widgets"
     def __init__(
@@ -92,7 +101,8 @@ class SadaProbe(ModelProbe):
             raise SadalibError(f"the map is a {type(map).__name__}, but a SensitivityMap or its error is expected: "
                                "pass load_map(run), or sensitivity_map(model, images, labels).")
         self.map, self.brightness = map, brightness
-        self._placed(_sada(5, .08, "uniform" if map is None else "guided", "dc", "equal_peak", 0, brightness))
+        method = _sada(5, .08, "uniform" if map is None else "guided", "dc", "equal_peak", 0, brightness)
+        _placed(method, map, tuple(self.images.shape[2:])) # type: ignore[arg-type]
         self._clean_probabilities = self.probabilities(self.images)
 
     @torch.inference_mode()
@@ -102,14 +112,6 @@ class SadaProbe(ModelProbe):
     ) -> Tensor: # (B, K)
         "The model's class probabilities for `images`"
         return self.model(images.contiguous(memory_format=self.layout)).float().softmax(1).cpu()
-
-    def _placed(self, method: SADA) -> Tensor | None: # (H, W//2+1)
-        "The factor of the steps of `method`; None for the same everywhere"
-        if method.guidance != "uniform" and self.map is None:
-            raise SadalibError(f'{method.guidance} steps need a sensitivity map, and this probe has none: pass '
-                               'SadaProbe a map, or ask with guidance "uniform".')
-        if self.map is not None: method.use_map(self.map)
-        return method.placed(*self.images.shape[2:])
 
     def at(
         self,
@@ -126,7 +128,8 @@ class SadaProbe(ModelProbe):
         if not _whole(index) or not 0 <= index < len(self.images):
             raise SadalibError(f"index is {index!r}, but an image from 0 to {len(self.images) - 1} is expected.")
         method = _sada(steps, step_size, guidance, init, strength, seed, self.brightness)
-        half, (height, width) = self._placed(method), self.images.shape[2:]
+        height, width = self.images.shape[2:]
+        half = _placed(method, self.map, (height, width))
         attacked, info = spectral_attack( # type: ignore[misc]
             self.model, self.images, self.labels, steps=steps, step_size=step_size, weight=half, init=method.init,
             brightness=self.brightness, return_info=True, generator=seeded(seed))
@@ -320,9 +323,40 @@ def _steps_told(answer: AttackAnswer) -> str:
     "The steps of `answer` in words"
     return f"{answer.steps} {answer.guidance} step{'s' * (answer.steps != 1)} of {answer.step_size:.2f}"
 
-# %% ../nbs/12a_explore_sada.ipynb #ea2dff9e
+# %% ../nbs/12a_explore_sada.ipynb #2c48a187
+def _said(answer: AttackAnswer, u: int, v: int) -> str:
+    "The `answer` in words, as HTML, with what happened at the frequency (`u`, `v`)"
+    a, (row, column) = answer, (n // 2 + k for n, k in zip(answer.weight.shape, (u, v), strict=True))
+    ratio = (a.spectrum / a.clean_spectrum.clamp(min=1e-3))[row, column]
+    there = f"u = {u}, v = {v}: weight {a.weight[row, column]:.2f}, amplitude × {ratio:.2f}.".replace("-", "−")
+    playing = f", {a.entered[-1]:.0%} of them in play at the last" if a.entered else ""
+    return (f"Error <b>{a.error:.2f}</b> on {len(a.labels)} images after {_steps_told(a)}{playing}; "
+            f"{a.clean_error:.2f} clean; mean L2 distance {a.distance:.2f}. {there}")
+
+# %% ../nbs/12a_explore_sada.ipynb #a9372fcb
 LIMITS = {"published": (1., 2.), "equal_peak": (.4, 1.), "equal_mean": (.4, 2.)} # of its colours, by strength
 
+def _mirrored(answer: AttackAnswer) -> np.ndarray:
+    "The weight without the row and column at the Nyquist frequency, which have no mirror"
+    rows, columns = answer.weight.shape
+    return answer.weight[1 - rows % 2:, 1 - columns % 2:].numpy()
+
+# %% ../nbs/12a_explore_sada.ipynb #cb17c3df
+def _still(answer: AttackAnswer, classes: tuple[str, ...], at: tuple[int, int], cmap: str) -> Any: # matplotlib's
+    "Weight, settings and `answer` as one picture"
+    from matplotlib.figure import Figure
+    a, figure = answer, Figure((11, 5.6), dpi=96)
+    halves: Any = figure.subfigures(1, 2, width_ratios=(4.6, 6.4))
+    map_part, words = halves[0].subfigures(2, 1, height_ratios=(4.6, 1.))
+    _map_half(map_part, _mirrored(a), at, cmap)
+    map_part.axes[0].set_title("weight of the step by frequency")
+    map_part.axes[0].images[0].set_clim(*LIMITS[a.strength])
+    words.text(.13, .5, f"{_steps_told(a)}, start: {a.init}\nerror {a.error:.2f} on "
+               f"{len(a.labels)} images, {a.clean_error:.2f} clean\nmean L2 distance {a.distance:.2f}", va="center")
+    SadaPicture(halves[1], a, classes, at)
+    return figure
+
+# %% ../nbs/12a_explore_sada.ipynb #cfd7a186
 class SadaExplorer(Explorer):
     "A `probe` to look at: turn steps, step size, guidance and start of the attack, see what it does to an image"
     def __init__(
@@ -339,7 +373,7 @@ class SadaExplorer(Explorer):
         self.settings = self._settings()
         self.answer = self._ask(self.settings)
         self.picture = SadaPicture(Figure((6.4, 5.6), dpi=120), self.answer, probe.classes)
-        picker = Picker(self._window(), limits=LIMITS[strength], cmap=cmap, mirror=True, width=380,
+        picker = Picker(_mirrored(self.answer), limits=LIMITS[strength], cmap=cmap, mirror=True, width=380,
                         names=("u, cycles per height", "v, cycles per width"), quantity="weight of the step",
                         label="Weight of the attack's step by frequency")
         super().__init__(picker, ImagePane(self.picture.figure), tuple(below))
@@ -355,11 +389,6 @@ class SadaExplorer(Explorer):
         "The probe's answer for `settings`"
         return self.probe.at(**dict(zip(self.controls, settings, strict=True)), strength=self.strength, seed=self.seed)
 
-    def _window(self) -> np.ndarray:
-        "The weight without the row and column at the Nyquist frequency, which have no mirror"
-        rows, columns = self.answer.weight.shape
-        return self.answer.weight[1 - rows % 2:, 1 - columns % 2:].numpy()
-
     def question(self) -> tuple:
         "Frequency to look at, and the settings"
         return *self.picker.position, *self._settings()
@@ -370,31 +399,12 @@ class SadaExplorer(Explorer):
             self.answer, self.settings = self._ask(settings), settings
         with self.pane.drawing():
             self.picture.draw(self.answer, (u, v))
-        self.picker.show(self._window())
-        return self._said(u, v)
-
-    def _said(self, u: int, v: int) -> str:
-        "The answer in words, as HTML"
-        a, (row, column) = self.answer, (n // 2 + k for n, k in zip(self.answer.weight.shape, (u, v), strict=True))
-        ratio = (a.spectrum / a.clean_spectrum.clamp(min=1e-3))[row, column]
-        there = f"u = {u}, v = {v}: weight {a.weight[row, column]:.2f}, amplitude × {ratio:.2f}.".replace("-", "−")
-        playing = f", {a.entered[-1]:.0%} of them in play at the last" if a.entered else ""
-        return (f"Error <b>{a.error:.2f}</b> on {len(a.labels)} images after {_steps_told(a)}{playing}; "
-                f"{a.clean_error:.2f} clean; mean L2 distance {a.distance:.2f}. {there}")
+        self.picker.show(_mirrored(self.answer))
+        return _said(self.answer, u, v)
 
     def static(self) -> Any: # a matplotlib Figure
         "Weight, settings and answer as one picture, for where widgets cannot run"
-        from matplotlib.figure import Figure
-        a, figure = self.answer, Figure((11, 5.6), dpi=96)
-        halves: Any = figure.subfigures(1, 2, width_ratios=(4.6, 6.4))
-        map_part, words = halves[0].subfigures(2, 1, height_ratios=(4.6, 1.))
-        _map_half(map_part, self._window(), self.picker.position, self.cmap)
-        map_part.axes[0].set_title("weight of the step by frequency")
-        map_part.axes[0].images[0].set_clim(*LIMITS[self.strength])
-        words.text(.13, .5, f"{_steps_told(a)}, start: {a.init}\nerror {a.error:.2f} on "
-                   f"{len(a.labels)} images, {a.clean_error:.2f} clean\nmean L2 distance {a.distance:.2f}", va="center")
-        SadaPicture(halves[1], a, self.probe.classes, self.picker.position)
-        return figure
+        return _still(self.answer, self.probe.classes, self.picker.position, self.cmap)
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, Any]:
         "The live widget and its static picture, this in few colours: noise makes large files"

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STRENGTHS', 'ROUNDING', 'CPU_ROWS', 'GUIDANCE', 'RELEASED', 'amplitude_phase', 'from_amplitude', 'spectral_weight',
-           'shuffled_map', 'AttackInfo', 'spectral_attack', 'attacked_views', 'SADA', 'EqualNoise', 'jsd_loss']
+           'shuffled_map', 'AttackInfo', 'spectral_attack', 'SADA', 'attacked_views', 'EqualNoise', 'jsd_loss']
 
 # %% ../nbs/03_sada.ipynb #45c58157
 import math
@@ -124,11 +124,12 @@ def _synthesise(amplitude: Tensor, phasor: Tensor, width: int, compat: bool) -> 
     "Pixels from `amplitude` and `phasor`; the modulus of the complex image under `compat`"
     return torch.fft.ifft2(amplitude*phasor).abs() if compat else from_amplitude(amplitude, phasor, width)
 
-# %% ../nbs/03_sada.ipynb #b113b226
+# %% ../nbs/03_sada.ipynb #26f7e523
 class _Image(torch.autograd.Function):
     "From amplitudes to images in [0, 1], each on its own scale; the gradient does not hang on rounding"
     @staticmethod
     def forward(ctx, amplitude, phasor, width, scaled):
+        "The images of `amplitude` and `phasor`, each divided by its maximum where that exceeds 1 and it is `scaled`"
         pixels = from_amplitude(amplitude, phasor, width)
         peak = pixels.amax((1, 2, 3), keepdim=True)
         over = (peak > 1 + ROUNDING) & scaled
@@ -139,6 +140,7 @@ class _Image(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient):
+        "The gradient for the amplitudes"
         pixels, phasor, scale, over = ctx.saved_tensors
         inside = torch.ops.aten.hardtanh_backward(gradient.contiguous(), pixels, -ROUNDING, 1 + ROUNDING)
         top = (pixels > 1 - ROUNDING).to(pixels) # these share the gradient of the maximum
@@ -205,17 +207,19 @@ def _stepped(amplitude: Tensor, direction: Tensor, step_size: float, weight: Ten
     moved = (amplitude + step_size*direction*amplitude*weight).clamp(min=0)
     return moved if eps is None else moved.clamp(start*(1 - eps), start*(1 + eps))
 
-# %% ../nbs/03_sada.ipynb #2d1a6cfb
+# %% ../nbs/03_sada.ipynb #f76f61b5
 class _ThinConvolution(torch.autograd.Function):
     "A stride-1 convolution whose input gradient is one narrow convolution and a sum of shifted planes"
     @staticmethod
     def forward(ctx, images, weight, bias, padding):
+        "The convolution itself, by the library"
         ctx.save_for_backward(weight)
         ctx.padding = padding
         return torch.conv2d(images, weight, bias, padding=padding)
 
     @staticmethod
     def backward(ctx, gradient):
+        "The gradient for the images"
         weight, (down, along) = ctx.saved_tensors[0], ctx.padding
         filters, channels, height, width = weight.shape
         columns = weight.permute(1, 3, 0, 2).flip(3).reshape(channels*width, filters, height, 1)
@@ -488,37 +492,15 @@ def _not_fetched(config) -> None:
     "Says that nobody called prepare"
     raise SadalibError("SADA's map has not been fetched: call prepare(require) or use_map(map) before loss.")
 
-# %% ../nbs/03_sada.ipynb #26eeaafb
-def attacked_views(
-    method: "SADA",
-    model: nn.Module, # comes back as it was
-    images: Tensor, # in [0, 1], (B, C, H, W)
-    labels: Tensor, # int64, (B,)
-    *,
-    attack: bool = True, # False: the views before the attack
-    generator: torch.Generator | Shard | None = None, # None: not reproducible
-) -> tuple[Tensor, AttackInfo | None]: # views (B, views, C, H, W), and what the attack did
-    "The views of `images` that `method` trains on"
-    rows = images.repeat_interleave(method.views, 0) # (B*views, C, H, W)
-    if method.augmix:
-        rows = augmix(rows, severity=method.augmix_severity, all_ops=method.augmix_all_ops, generator=generator)
-    if not attack: return rows.unflatten(0, (len(images), method.views)), None
-    rows, info = spectral_attack( # type: ignore[misc]
-        model, rows, labels.repeat_interleave(method.views), steps=method.steps, step_size=method.step_size,
-        weight=method.placed(*images.shape[-2:]), init=method.init, brightness=method.brightness, stop=method.stop,
-        eps=method.eps, normalise=method.normalise, compat=method.compat, return_info=True, generator=generator)
-    return rows.unflatten(0, (len(images), method.views)), info
-
 # %% ../nbs/03_sada.ipynb #500395cc
 def _one_by_one(model: nn.Module, parts: int) -> Callable[[Tensor], Tensor]:
     "`model`, called on each of `parts` equal parts of a batch"
     return lambda images: torch.cat([model(part) for part in images.chunk(parts)])
 
-# %% ../nbs/03_sada.ipynb #84d09fcc
+# %% ../nbs/03_sada.ipynb #d9fd16fe
 @dataclass(kw_only=True)
-class SADA(_Guided):
-    "Cross-entropy on clean images, consistency with views whose amplitude spectrum is attacked (SADA, AAAI 2023)"
-    name: ClassVar[str] = "sada"
+class _Settings(_Guided):
+    "The settings of `SADA`; raises `SadalibError` for what makes no sense"
     steps: int = 5
     step_size: float = .08 # relative to the amplitude
     init: str | None = "dc" # "dc" | "uniform" | None
@@ -538,12 +520,21 @@ class SADA(_Guided):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._epoch = 0
         for name, least in (("views", 1), ("warm_up", 0), ("weight", 0), ("warm_up_weight", 0), ("brightness", 0)):
             _at_least(name, getattr(self, name), least, whole=name in ("views", "warm_up"))
         if self.init not in ("dc", "uniform", None):
             raise SadalibError(f'init is {self.init!r}, but "dc", "uniform" or None is expected.')
         _Rule(self.steps, self.step_size, "neg", self.stop, 1, True, True, self.normalise or "image", self.eps, self.compat)
+
+# %% ../nbs/03_sada.ipynb #6022e548
+@dataclass(kw_only=True)
+class SADA(_Settings):
+    "Cross-entropy on clean images, consistency with views whose amplitude spectrum is attacked (SADA, AAAI 2023)"
+    name: ClassVar[str] = "sada"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._epoch = 0
 
     @classmethod
     def official(
@@ -557,7 +548,9 @@ class SADA(_Guided):
         "Remember `epoch`, for the warm-up"
         self._epoch = epoch
 
-    def state_dict(self) -> dict[str, Tensor]: return {"epoch": torch.tensor(self._epoch)}
+    def state_dict(self) -> dict[str, Tensor]:
+        "The epoch, for a training that is taken up again"
+        return {"epoch": torch.tensor(self._epoch)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         "Take back what `state_dict` gave"
@@ -586,6 +579,27 @@ class SADA(_Guided):
 def _distance(views: Tensor, images: Tensor) -> Tensor: # (B, views)
     "L2 distance of each of `views` (B, views, C, H, W) from its image"
     return (views - images.unsqueeze(1)).detach().flatten(2).norm(dim=2)
+
+# %% ../nbs/03_sada.ipynb #26eeaafb
+def attacked_views(
+    method: "SADA",
+    model: nn.Module, # comes back as it was
+    images: Tensor, # in [0, 1], (B, C, H, W)
+    labels: Tensor, # int64, (B,)
+    *,
+    attack: bool = True, # False: the views before the attack
+    generator: torch.Generator | Shard | None = None, # None: not reproducible
+) -> tuple[Tensor, AttackInfo | None]: # views (B, views, C, H, W), and what the attack did
+    "The views of `images` that `method` trains on"
+    rows = images.repeat_interleave(method.views, 0) # (B*views, C, H, W)
+    if method.augmix:
+        rows = augmix(rows, severity=method.augmix_severity, all_ops=method.augmix_all_ops, generator=generator)
+    if not attack: return rows.unflatten(0, (len(images), method.views)), None
+    rows, info = spectral_attack( # type: ignore[misc]
+        model, rows, labels.repeat_interleave(method.views), steps=method.steps, step_size=method.step_size,
+        weight=method.placed(*images.shape[-2:]), init=method.init, brightness=method.brightness, stop=method.stop,
+        eps=method.eps, normalise=method.normalise, compat=method.compat, return_info=True, generator=generator)
+    return rows.unflatten(0, (len(images), method.views)), info
 
 # %% ../nbs/03_sada.ipynb #aa808244
 RELEASED = dict(strength="published", views=3, weight=.025, warm_up=6, warm_up_weight=10., augmix=True,

@@ -8,11 +8,41 @@ import torch
 
 from sadalib.advaa import AdvAA, PolicyLog
 from sadalib.advaa.collapse import COLLAPSES, CollapseConfig, collapse_claim, collapse_configs, collapse_frame
-from sadalib.advaa.study import (ARMS, CONTROLS, CORRUPTED, LEARNED, MAIN_ARMS, PAIRS, PAPER, SEEDS, AdvaaParameters,
-                                 CompareParameters, advaa_claims, advaa_config, advaa_frame, arm_of, arms_of, as_registered,
-                                 check_advaa, compare_configs, control_configs, copies_configs, corrupted, erm_of, final_entropy,
-                                 log_of, one_of, pair_table, paper_claims, paper_hours, paper_rows, policy_frame, published,
-                                 search_cost, settings)
+from sadalib.advaa.study import (
+    ARMS,
+    CONTROLS,
+    CORRUPTED,
+    LEARNED,
+    MAIN_ARMS,
+    PAIRS,
+    PAPER,
+    SEEDS,
+    AdvaaParameters,
+    CompareParameters,
+    advaa_claims,
+    advaa_config,
+    advaa_frame,
+    arm_of,
+    arms_of,
+    as_registered,
+    check_advaa,
+    compare_configs,
+    control_configs,
+    copies_configs,
+    corrupted,
+    erm_of,
+    final_entropy,
+    log_of,
+    one_of,
+    pair_table,
+    paper_claims,
+    paper_hours,
+    paper_rows,
+    policy_frame,
+    published,
+    search_cost,
+    settings,
+)
 from sadalib.models import NETWORKS
 from sadalib.recipes import PROFILES
 from sadalib.report import VERDICTS
@@ -191,7 +221,8 @@ def test_collapse_is_a_run_and_its_verdict_can_fail(tmp_path):
     assert len(collapse_configs("small")) == 3*len(COLLAPSES)
     def ends(published, weight, bound):
         values = {"published settings": published, "entropy weight .1": weight, "logits within 1.5": bound}
-        return pd.DataFrame([{"setting": n, "seed": 0, "epoch": 600, "entropy": v, "top_share": 0., "run": run.id} for n, v in values.items()])
+        return pd.DataFrame([{"setting": n, "seed": 0, "epoch": 600, "entropy": v, "top_share": 0., "run": run.id}
+                             for n, v in values.items()])
     verdicts = [collapse_claim(ends(*v), (run,), "small").verdict for v in ((12, 31, 37), (12, 29, 37), (21, 31, 37), (21, 29, 37))]
     assert verdicts == ["confirmed", "partly", "partly", "not"]
     assert len(collapse_frame({("published settings", 0): run})) == 4

@@ -61,7 +61,7 @@ def _checked(
                            f"{operations} and levels below {levels} are expected: use the table they were made with.")
     return policies
 
-# %% ../../nbs/05b_advaa_controller.ipynb #53cd0a9d
+# %% ../../nbs/05b_advaa_controller.ipynb #92ca6a6f
 @dataclass(frozen=True, eq=False)
 class PolicySample:
     "M policies and what the controller thought of them; differentiable where it was made with gradients"
@@ -72,13 +72,11 @@ class PolicySample:
     level_logits: Tensor # (M, Q, 2, levels)
 
     @property
-    def log_prob(self) -> Tensor: # (M,)
-        "Log-probability of each policy, the sum of 4 Q decisions"
+    def log_prob(self) -> Tensor: # (M,), the sum of 4 Q decisions
         return self.step_log_prob.flatten(1).sum(1)
 
     @property
-    def entropy(self) -> Tensor: # (M,)
-        "Entropy of each policy in nats, the sum of 4 Q decisions"
+    def entropy(self) -> Tensor: # (M,), the sum of 4 Q decisions, in nats
         return self.step_entropy.flatten(1).sum(1)
 
     def __len__(self) -> int: return len(self.policies)
@@ -267,7 +265,7 @@ def update(
     finally: optimizer.zero_grad()
     return told
 
-# %% ../../nbs/05b_advaa_controller.ipynb #558c0a68
+# %% ../../nbs/05b_advaa_controller.ipynb #d6a6d1d5
 class MovingAverage:
     "The losses of M policies averaged over steps, on the device that they are on"
     def __init__(
@@ -294,16 +292,13 @@ class MovingAverage:
 
     @property
     def value(self) -> Tensor: # (M,)
-        "The average so far"
         if self.weight: return self.total/self.weight
         raise SadalibError("no losses were added yet: call `add` at each step.")
 
     def state_dict(self) -> dict[str, Tensor]:
-        "What a training that is taken up again needs"
         return {"total": self.total.clone(), "weight": torch.tensor(self.weight, dtype=torch.float64)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        "Take back what `state_dict` gave"
         self.total, self.weight = state["total"].clone(), float(state["weight"])
 
 # %% ../../nbs/05b_advaa_controller.ipynb #9695a2d1
@@ -367,7 +362,7 @@ def plot_policies(
         panels[2].set(xlabel="epoch", ylabel="mean effective strength", ylim=(0, 1))
     return figure
 
-# %% ../../nbs/05b_advaa_controller.ipynb #c6a7a9af
+# %% ../../nbs/05b_advaa_controller.ipynb #cfa99559
 _COLLAPSE = "epoch", "entropy", "top_operation", "top_share", "distinct"
 
 @dataclass
@@ -391,8 +386,7 @@ class Collapse:
         return self.warns[0]
 
     @property
-    def warns(self) -> list[str]:
-        "One sentence for each threshold passed, none while all is well"
+    def warns(self) -> list[str]: # one sentence for each threshold passed, none while all is well
         low = next((r for r in self.rows if r["entropy"] < self.min_entropy), None)
         high = next((r for r in self.rows if r["top_share"] > self.max_share), None)
         cure = "raise entropy_weight to .1 or set logit_bound to 1.5."
@@ -402,18 +396,15 @@ class Collapse:
                           f"epoch {high['epoch']:.0f}, above {self.max_share:.0%}: {cure}"]
         return [sentence for sentence in found if sentence]
 
-    def frame(self) -> "pd.DataFrame":
-        "One row an epoch"
+    def frame(self) -> "pd.DataFrame": # one row an epoch
         import pandas as pd
         return pd.DataFrame(self.rows, columns=list(_COLLAPSE))
 
     def state_dict(self) -> dict[str, Tensor]:
-        "What a training that is taken up again needs"
         rows = [list(r.values()) for r in self.rows]
         return {"rows": torch.tensor(rows, dtype=torch.float64).view(-1, len(_COLLAPSE))}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        "Take back what `state_dict` gave"
         rows: list[dict[str, float]] = [{} for _ in state["rows"]]
         for name, column in zip(_COLLAPSE, state["rows"].T.tolist(), strict=True):
             whole = name in ("epoch", "top_operation", "distinct")

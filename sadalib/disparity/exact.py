@@ -26,7 +26,7 @@ from sadalib.disparity.linear import (
     worst_points,
 )
 
-# %% ../../nbs/09d_disparity_exact.ipynb #6dd7dc68
+# %% ../../nbs/09d_disparity_exact.ipynb #11efd3d7
 Box = tuple[float, float] | None # the range of features
 
 @dataclass(frozen=True, eq=False)
@@ -43,7 +43,9 @@ class LinearSolution:
     box: tuple[float, float] | None = None
 
     @property
-    def converged(self) -> bool: return self.residual < 1e-6 and not self.separable
+    def converged(self) -> bool:
+        "Whether this is the optimum, up to rounding"
+        return self.residual < 1e-6 and not self.separable
 
     def accuracy(self, x, y, *, robust: bool = False) -> Tensor: # float64 (2,)
         "Accuracy on both classes; `robust`: against the exact adversary of `norm` and `eps`"

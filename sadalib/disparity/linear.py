@@ -172,7 +172,22 @@ def _table(runs: "LinearRuns") -> str: # Markdown
                           int(some.failed.sum()))))
     return "\n".join(rows)
 
-# %% ../../nbs/09c_disparity_linear.ipynb #a94ef4f3
+# %% ../../nbs/09c_disparity_linear.ipynb #37878787
+def _lowest(runs: "LinearRuns") -> Tensor: # int64, row numbers
+    "For each setting and seed the row whose learning rate reached the lowest selecting loss, the first of equal ones"
+    losses, groups = runs.best_loss.tolist(), {} # type: ignore[var-annotated]
+    for i, key in enumerate(zip(runs.norm.tolist(), runs.eps.tolist(), runs.seed.tolist(), strict=True)):
+        groups.setdefault(key, []).append(i)
+    return torch.tensor([min(g, key=losses.__getitem__) for g in groups.values()])
+
+# %% ../../nbs/09c_disparity_linear.ipynb #6a5037fa
+def _against_own(runs: "LinearRuns", x, y) -> Tensor: # float64 (runs, 2)
+    "Accuracy of each run on both classes against the exact adversary that it was trained with"
+    parts = [linear_accuracy(u, c, x, y, norm=n, eps=e, box=runs.box) for u, c, n, e in
+             zip(runs.u, runs.c, runs.norm.tolist(), runs.eps.tolist(), strict=True)]
+    return torch.stack(parts)
+
+# %% ../../nbs/09c_disparity_linear.ipynb #1376d18f
 @dataclass(frozen=True, eq=False, repr=False)
 class LinearRuns:
     "Trained linear classifiers, one a row: settings, losses of each epoch, selected and last weights"
@@ -191,7 +206,8 @@ class LinearRuns:
     def __len__(self) -> int: return len(self.seed)
 
     @property
-    def best_loss(self) -> Tensor: # the loss that selected, at the selected epoch; inf where there is none
+    def best_loss(self) -> Tensor: # (runs,)
+        "The loss that selected, at the selected epoch; inf where there is none"
         losses = self.valid_loss if self.select == "clean" else self.robust_valid_loss
         found = losses.gather(1, self.best_epoch.clamp(min=0)[:, None])[:, 0]
         return torch.where(self.best_epoch >= 0, found, torch.inf)
@@ -212,17 +228,11 @@ class LinearRuns:
 
     def chosen(self) -> "LinearRuns":
         "For each setting and seed the run whose learning rate reached the lowest selecting loss"
-        groups: dict[tuple, list[int]] = {}
-        for i, key in enumerate(zip(self.norm.tolist(), self.eps.tolist(), self.seed.tolist(), strict=True)):
-            groups.setdefault(key, []).append(i)
-        return self.take(torch.tensor([min(g, key=self.best_loss.tolist().__getitem__) for g in groups.values()]))
+        return self.take(_lowest(self))
 
     def accuracy(self, x, y, *, robust: bool = False) -> Tensor: # float64 (runs, 2)
         "Accuracy of the selected weights on both classes; `robust`: against each run's own exact adversary"
-        if not robust: return linear_accuracy(self.u, self.c, x, y)
-        parts = [linear_accuracy(u, c, x, y, norm=n, eps=e, box=self.box) for u, c, n, e in
-                 zip(self.u, self.c, self.norm.tolist(), self.eps.tolist(), strict=True)]
-        return torch.stack(parts)
+        return _against_own(self, x, y) if robust else linear_accuracy(self.u, self.c, x, y)
 
     def disparity(self, x, y, *, robust: bool = False) -> Tensor: # float64 (runs,)
         "Accuracy on the majority minus accuracy on the minority"
@@ -235,7 +245,7 @@ class LinearRuns:
         return (f"{len(self)} linear runs, {self.protocol}, selected by {self.select} loss, "
                 f"{int(self.failed.sum())} failed")
 
-# %% ../../nbs/09c_disparity_linear.ipynb #476dcd80
+# %% ../../nbs/09c_disparity_linear.ipynb #5f3693b6
 class _Optimizer:
     "Adam or SGD for (S, K, d + 1) parameters with a rate for each of K runs"
     def __init__(self, kind: str, rates: Tensor, like: Tensor, momentum: float):
@@ -244,6 +254,7 @@ class _Optimizer:
         self.state = [torch.zeros_like(like) for _ in range(2 if kind == "adam" else 1)]
 
     def step(self, p: Tensor, gradient: Tensor) -> None:
+        "Move `p` in place"
         self.steps += 1
         if self.kind == "sgd":
             p.sub_(self.rates*(self.state[0].mul_(self.momentum).add_(gradient) if self.momentum else gradient))
@@ -254,9 +265,11 @@ class _Optimizer:
         spread = square.sqrt().div_(math.sqrt(1 - .999**self.steps)).add_(1e-8)
         p.sub_(mean/spread*(self.rates/(1 - .9**self.steps)))
 
-    def keep(self, take) -> None: self.rates, self.state = take(self.rates), [take(s) for s in self.state]
+    def keep(self, take) -> None:
+        "Go on with the runs that `take` picks from a tensor (S, K, ...)"
+        self.rates, self.state = take(self.rates), [take(s) for s in self.state]
 
-# %% ../../nbs/09c_disparity_linear.ipynb #a5ef3ed0
+# %% ../../nbs/09c_disparity_linear.ipynb #844f4444
 @dataclass
 class _Grid:
     "What distinguishes K runs, each (S, K, 1), and how all are attacked"
@@ -268,17 +281,21 @@ class _Grid:
     box: tuple[float, float] | None
 
     def unit(self, u: Tensor) -> Tensor: # (S, K, d)
+        "The direction that each run's adversary takes"
         return torch.where(self.box_norm, u.sign(), F.normalize(u, dim=-1, eps=1e-30))
 
-    def reach(self, u: Tensor) -> Tensor: # (S, K, 1): what the adversary takes from a margin
+    def reach(self, u: Tensor) -> Tensor: # (S, K, 1)
+        "What each run's adversary takes from a margin"
         return self.eps*torch.where(self.box_norm, u.abs().sum(-1, keepdim=True), u.norm(dim=-1, keepdim=True))
 
-    def floored(self, u: Tensor, slope: Tensor) -> Tensor | None: # (S, K, B): the part of eps that is used
+    def floored(self, u: Tensor, slope: Tensor) -> Tensor | None: # (S, K, B)
+        "The part of eps that the published attack uses; None for the closed one"
         if not self.floor: return None
         part = (slope*u.norm(dim=-1, keepdim=True)/(slope.shape[-1]*1e-6)).clamp(max=1)
         return torch.where(self.box_norm, torch.ones((), dtype=u.dtype), part)
 
     def keep(self, take) -> None:
+        "Go on with the runs that `take` picks from a tensor (S, K, ...)"
         for name in ("eps", "box_norm", "clean", "attacked", "total", "small"):
             setattr(self, name, take(getattr(self, name)))
 

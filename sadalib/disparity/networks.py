@@ -105,7 +105,7 @@ def _published_pgd(attack: "Adversary", net: nn.Module, x: Tensor, y: Tensor,
         at = inside(at.detach() + attack.step*push.view_as(x))
     return at
 
-# %% ../../nbs/09e_disparity_networks.ipynb #6bb0d5be
+# %% ../../nbs/09e_disparity_networks.ipynb #6dcbfd72
 @dataclass(frozen=True)
 class Adversary:
     "PGD on the cross-entropy of true labels; called with a network, rows in [0, 1] and labels"
@@ -123,15 +123,20 @@ class Adversary:
         _nonnegative(step_size=self.step)
 
     @property
-    def count(self) -> int: return (40 if self.norm == math.inf else 50) if self.steps is None else self.steps
+    def count(self) -> int:
+        "How many steps"
+        return (40 if self.norm == math.inf else 50) if self.steps is None else self.steps
 
     @property
     def step(self) -> float:
+        "The size of a step"
         own = self.eps/self.count*(4/3 if self.norm == math.inf else 2.5)
         return own if self.step_size is None else self.step_size
 
     @property
-    def ball(self) -> str: return "linf" if self.norm == math.inf else "l2"
+    def ball(self) -> str:
+        "The norm's name"
+        return "linf" if self.norm == math.inf else "l2"
 
     def __call__(
         self,
@@ -181,7 +186,7 @@ def _splits(problem: Problem, device: torch.device) -> list[tuple[Tensor, Tensor
                            "within (0, 1): take a problem of images, or rescale the features and set its box.")
     return [_rows(part, device, problem.train.x.shape[1]) for part in (problem.train, problem.valid)]
 
-# %% ../../nbs/09e_disparity_networks.ipynb #6b5a6f37
+# %% ../../nbs/09e_disparity_networks.ipynb #9f1b7ab7
 @dataclass(frozen=True, eq=False, repr=False)
 class NetworkRun:
     "A trained network: what it was trained against, the losses of each epoch, the selected weights"
@@ -198,7 +203,8 @@ class NetworkRun:
     features: int # of a row
 
     @property
-    def best_loss(self) -> float: # the loss that selected, at the selected epoch; inf where there is none
+    def best_loss(self) -> float:
+        "The loss that selected, at the selected epoch; inf where there is none"
         losses = self.valid_loss if self.select == "clean" else self.robust_valid_loss
         return float(losses[self.best_epoch]) if self.best_epoch >= 0 else math.inf
 

@@ -103,7 +103,7 @@ def gaussian_mixture(
     spread = torch.as_tensor(sigma, dtype=torch.float64, device=noise.device)
     return _mixture(mean, noise @ torch.linalg.cholesky(spread).T if spread.ndim else noise*spread, many)
 
-# %% ../../nbs/09b_disparity_pairs.ipynb #eba00ed1
+# %% ../../nbs/09b_disparity_pairs.ipynb #97174621
 @dataclass(frozen=True, eq=False)
 class TwoClasses:
     "Points of a majority (label 0) and a minority (label 1)"
@@ -115,10 +115,13 @@ class TwoClasses:
     def __iter__(self): return iter((self.x, self.y)) # x, y = points
 
     @property
-    def counts(self) -> tuple[int, int]: return int((self.y == 0).sum()), int((self.y == 1).sum())
+    def counts(self) -> tuple[int, int]:
+        "Points of the majority, of the minority"
+        return int((self.y == 0).sum()), int((self.y == 1).sum())
 
     @property
-    def half_difference(self) -> Tensor: # mu as the points have it, (d,)
+    def half_difference(self) -> Tensor: # (d,)
+        "mu as the points have it"
         return (self.x[self.y == 1].mean(0) - self.x[self.y == 0].mean(0))/2
 
 # %% ../../nbs/09b_disparity_pairs.ipynb #e34ac708

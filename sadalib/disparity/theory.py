@@ -136,7 +136,7 @@ def _phi(x: float) -> float:
     "The standard normal distribution function"
     return math.erfc(-x/math.sqrt(2))/2
 
-# %% ../../nbs/09a_disparity_theory.ipynb #d0e02c55
+# %% ../../nbs/09a_disparity_theory.ipynb #1a7cd924
 @dataclass(frozen=True)
 class GaussianRule:
     "The robust-optimal rule for two Gaussians: clean accuracies Phi(a + t) of the majority, Phi(a - t) of the minority"
@@ -145,19 +145,29 @@ class GaussianRule:
     ratio: float # R
 
     @property
-    def threshold(self) -> float: return math.log(self.ratio)/(2*self.robust_margin)
+    def threshold(self) -> float:
+        "t = log R/(2 s), in units of the projected noise"
+        return math.log(self.ratio)/(2*self.robust_margin)
 
     @property
-    def majority(self) -> float: return _phi(self.clean_margin + self.threshold)
+    def majority(self) -> float:
+        "Clean accuracy on the majority"
+        return _phi(self.clean_margin + self.threshold)
 
     @property
-    def minority(self) -> float: return _phi(self.clean_margin - self.threshold)
+    def minority(self) -> float:
+        "Clean accuracy on the minority"
+        return _phi(self.clean_margin - self.threshold)
 
     @property
-    def disparity(self) -> float: return self.majority - self.minority
+    def disparity(self) -> float:
+        "Accuracy on the majority minus accuracy on the minority"
+        return self.majority - self.minority
 
     @property
-    def accuracy(self) -> float: return (self.ratio*self.majority + self.minority)/(1 + self.ratio)
+    def accuracy(self) -> float:
+        "Clean accuracy over both classes at their ratio"
+        return (self.ratio*self.majority + self.minority)/(1 + self.ratio)
 
     def _repr_markdown_(self) -> str:
         return (f"R = {self.ratio:g}: s {self.robust_margin:.3f}, a {self.clean_margin:.3f}, t {self.threshold:.3f} | "
@@ -191,7 +201,7 @@ def gaussian_accuracies(
     rule = gaussian_rule(mean, sigma, ratio, eps, norm)
     return rule.majority, rule.minority
 
-# %% ../../nbs/09a_disparity_theory.ipynb #af44310e
+# %% ../../nbs/09a_disparity_theory.ipynb #0482516d
 class GapSplit(NamedTuple):
     "How clean accuracies change from the standard to the robust rule: (majority, minority), split by cause"
     inherent: tuple[float, float] # the boundary turns: margin a changes, threshold held
@@ -199,7 +209,9 @@ class GapSplit(NamedTuple):
     total: tuple[float, float] # their sum
 
     @property
-    def disparity(self) -> tuple[float, float, float]: return tuple(a - b for a, b in self) # type: ignore[return-value]
+    def disparity(self) -> tuple[float, float, float]:
+        "The change of disparity by cause, and their sum"
+        return tuple(a - b for a, b in self) # type: ignore[return-value]
 
 # %% ../../nbs/09a_disparity_theory.ipynb #bf4821cb
 def gaussian_split(
