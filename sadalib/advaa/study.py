@@ -163,13 +163,14 @@ def _paper_row(kind: str, model: str | None) -> dict[str, Any]:
                 corruption_images=0 if like == "imagenet" else 10000,
                 recipe=PAPER.get((like, name), first), valid_images=0 if kind == "imagenet" else None)
 
-# %% ../../nbs/05c_advaa_study.ipynb #fb56a64c
+# %% ../../nbs/05c_advaa_study.ipynb #07701381
 def settings(
     p: AdvaaParameters,
 ) -> dict[str, Any]: # the names of the profiles' rows
     "What parameters `p` come down to: their profile's row with explicit values in place"
     kind, profile = p.dataset.partition("/")[0], resolve_profile(p.profile)
     row = _paper_row(kind, p.model) if profile == "paper" else _SMOKE if profile == "smoke" else _ROWS[kind, "small"]
+    if kind == "folder": row = {**row, "train_images": None} # all there are
     row = {"train_images": None, "valid_images": None, "cutout": _CUTOUT.get(kind, 16), "size": 32, **row}
     if profile == "paper" and kind in ("imagenet", "folder"): row["size"] = 224
     given = {k: getattr(p, k) for k in ("epochs", "batch_size", "lr", "precision") if getattr(p, k) is not None}
@@ -438,12 +439,13 @@ def policy_grid(
                        generator=seeded("policy grid", r))[0] for r in at]
     return show_images(torch.cat(rows), [f"round {r}, policy {k}" for r in at for k in range(m)], columns=m)
 
-# %% ../../nbs/05c_advaa_study.ipynb #e6173fad
+# %% ../../nbs/05c_advaa_study.ipynb #2b9efeea
 def search_cost(
     p: AdvaaParameters, *,
     times: int = 5, # of which the median counts
 ) -> dict[str, float]: # milliseconds
     "Median time of a round's controller work and of one training step of `p`, on this machine's CPU"
+    if p.policy == "replay": p = replace(p, policy="random", replayed=None) # as much work
     method, row = advaa_method(p), settings(p)
     controller = Controller(method.operations, sub_policies=method.sub_policies)
     adam, model = controller_optimizer(controller), create_model(row["model"], size=row["size"], seed=0)
@@ -465,7 +467,7 @@ def _median_ms(work: Any, times: int) -> float:
         seen.append(1e3*(time.perf_counter() - began))
     return sorted(seen[1:])[times//2]
 
-# %% ../../nbs/05c_advaa_study.ipynb #0166579d
+# %% ../../nbs/05c_advaa_study.ipynb #ce767e5a
 def arm_costs(
     p: CompareParameters, *,
     times: int = 3, # timed steps, of which the median counts
@@ -476,8 +478,7 @@ def arm_costs(
     for arm in arms_of(p):
         config = arm_of(p, arm, seed=seeds_of(p)[0])
         n, recipe = config.train_images or _IMAGES.get(p.dataset, 1000), config.recipe
-        quick = "random" if config.method.policy == "replay" else config.method.policy # the log need not exist
-        one = one_of(p, policy=quick, copies=config.method.copies, batch_size=recipe.batch_size)
+        one = one_of(p, policy=config.method.policy, copies=config.method.copies, batch_size=recipe.batch_size)
         step = search_cost(one, times=times)["step"]
         steps = recipe.epochs*math.ceil(n/recipe.batch_size)
         rows.append({"arm": ARMS[arm], "copies": config.method.copies, "million passes": n*recipe.epochs*passes(config.method)/1e6,
