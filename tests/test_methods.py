@@ -5,6 +5,7 @@ from dataclasses import fields, is_dataclass
 import pytest
 import torch
 
+from sadalib.advaa import AdvAA
 from sadalib.models import create_model
 from sadalib.recipes import METHODS, TrainParameters, build_method
 from sadalib.runs import Shard, canonical, rand, seeded
@@ -12,18 +13,25 @@ from sadalib.runs import Shard, canonical, rand, seeded
 
 def ready(name: str, **options):
     "Method `name`, with a hand-made map where it wants one"
+    if name == "advaa": return AdvAA(copies=2, padding=2, cutout=8, operations=15) # no pairing: its pool is the training's
     method = build_method(TrainParameters(method=name, profile="smoke", guidance=options.pop("guidance", "uniform"), **options))
     return method
 
 
-@pytest.fixture(params=METHODS)
+@pytest.fixture(params=(*METHODS, "advaa"))
 def method(request):
     return ready(request.param)
 
 
 @pytest.fixture(scope="module")
-def batch():
+def floats():
     return rand(12, 3, 32, 32, generator=seeded("images")), torch.arange(12) % 10
+
+
+@pytest.fixture
+def batch(method, floats):
+    "What the method takes: images in [0, 1], or bytes"
+    return ((floats[0]*255).byte() if method.takes_bytes else floats[0]), floats[1]
 
 
 def net(name="resnet20"):
@@ -84,7 +92,7 @@ def test_two_halves_average_to_the_whole(method, batch):
     torch.testing.assert_close(sum(parts) / 2, whole, rtol=2e-3, atol=2e-5)
 
 
-def test_guided_sada_without_its_map_says_so(batch):
+def test_guided_sada_without_its_map_says_so(floats):
     method = ready("sada", guidance="guided")
     with pytest.raises(ValueError, match="map"):
-        method.loss(net("tinynet"), *batch, generator=seeded(0))
+        method.loss(net("tinynet"), *floats, generator=seeded(0))
