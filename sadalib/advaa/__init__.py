@@ -231,7 +231,7 @@ class AdvaaSettings(Method):
     every: int | None = None # steps of a round; None: an epoch
     decay: float = 1. # of the mean over the steps of a round; 1: plain, as in the public code; .95: moving
     controller_lr: float = 3.5e-4 # UNVERIFIED for the paper
-    entropy_weight: float = 1e-5 # UNVERIFIED for the paper; .1 holds collapse off
+    entropy_weight: float = 1e-5 # UNVERIFIED for the paper; .1 slows collapse
     logit_bound: float | None = None # b: logits stay within +-b; 1.5 holds collapse off
     carry_state: bool = False # of the LSTM from one sub-policy to the next; UNVERIFIED for the paper
     controller_steps: int = 1 # on the policies of a round; more: PPO's clipped surrogate
