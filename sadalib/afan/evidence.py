@@ -39,7 +39,7 @@ def _unmoved(model: nn.Module, *others: Tensor) -> Iterator[None]:
             buffer.data.copy_(value) # a graph that is waiting for its backward does not see this as a change
             owner[name] = buffer
 
-# %% ../../nbs/07e_afan_evidence.ipynb #f15989aa
+# %% ../../nbs/07e_afan_evidence.ipynb #a8d45253
 _AXES = ("channel", "instance", "batch")
 
 def _several(names: str | Sequence[str], what: str, known: Sequence[str] = ()) -> tuple[str, ...]:
@@ -50,6 +50,7 @@ def _several(names: str | Sequence[str], what: str, known: Sequence[str] = ()) -
         if known and name not in known: raise SadalibError(f"{what} have no {name!r}{did_you_mean(name, known)}")
     return found
 
+# %% ../../nbs/07e_afan_evidence.ipynb #c71e5e45
 def _check_numbers(**numbers: float) -> None:
     "Refuse `numbers` that are negative or not finite, and `steps` that are not whole"
     for name, number in numbers.items():
@@ -57,37 +58,47 @@ def _check_numbers(**numbers: float) -> None:
         if name == "steps" and int(number) != number:
             raise SadalibError(f"steps={number} is not possible: give a whole number.")
 
+# %% ../../nbs/07e_afan_evidence.ipynb #6c845062
 def _check_columns(frame: "DataFrame", *names: str) -> None:
     "Refuse a `frame` that has no rows or lacks columns"
     missing = [name for name in names if name not in frame.columns]
     if missing: raise SadalibError(f"the frame lacks {', '.join(missing)}: give one with columns {', '.join(names)}.")
     if not len(frame): raise SadalibError("the frame has no rows: measure something first.")
 
-# %% ../../nbs/07e_afan_evidence.ipynb #fd6cab75
+# %% ../../nbs/07e_afan_evidence.ipynb #7615b906
 def _number(total: Any) -> float:
     "The one number in `total`"
     if isinstance(total, Tensor) and total.numel() == 1: return total.detach().double().item()
     raise SadalibError("the loss must be one number in a tensor: return a scalar such as a mean cross-entropy.")
 
+# %% ../../nbs/07e_afan_evidence.ipynb #97d22872
 def _finite(total: Any) -> float:
     "The one number in `total`, which must be finite"
     value = _number(total)
     if math.isfinite(value): return value
     raise SadalibError(f"the loss is {value}, so nothing can be measured: check the network's weights and its inputs.")
 
-# %% ../../nbs/07e_afan_evidence.ipynb #01008826
+# %% ../../nbs/07e_afan_evidence.ipynb #304d8cc3
 def _captured(site: Site, loss: Callable[[], Tensor], bn: str) -> float:
     "The `loss` of the pass that `site` captures"
     with torch.no_grad(), bn_policy(site.model, bn), site.capture(): total = loss()
     return _finite(total)
 
+# %% ../../nbs/07e_afan_evidence.ipynb #ddf9bc2e
 def _possible(feature: Tensor, axes: str) -> bool:
     "Whether statistics of `feature` over `axes` have two elements or more, and so a deviation"
     if feature.ndim < 2: return True # `renormalise` refuses such a feature with its own sentence
     rows, channels, places = feature.shape[0], feature.shape[1], math.prod(feature.shape[2:])
     return {"channel": channels, "instance": places, "batch": rows*places}[axes] > 1
 
-# %% ../../nbs/07e_afan_evidence.ipynb #f3af1ad9
+# %% ../../nbs/07e_afan_evidence.ipynb #b6298181
+def _kept_row(site: Site, loss: Callable[[], Tensor], adversarial: Tensor, axes: str, bn: str) -> dict:
+    "What is left of `adversarial` after renormalisation over `axes`"
+    row = {"site": site.name, "axes": axes, "distance": math.nan, "gain": math.nan}
+    if not _possible(adversarial, axes): return row
+    return row | kept_by(site, loss, adversarial, axes, bn=bn)._asdict()
+
+# %% ../../nbs/07e_afan_evidence.ipynb #086493dc
 def kept_frame(
     model: nn.Module, # any network, in any mode; left as it was
     loss: Callable[[], Tensor], # makes one pass of `model`, gives one number
@@ -111,13 +122,18 @@ def kept_frame(
             rows += [_kept_row(site, loss, adversarial, name, bn) for name in axes]
     return pd.DataFrame(rows)
 
-def _kept_row(site: Site, loss: Callable[[], Tensor], adversarial: Tensor, axes: str, bn: str) -> dict:
-    "What is left of `adversarial` after renormalisation over `axes`"
-    row = {"site": site.name, "axes": axes, "distance": math.nan, "gain": math.nan}
-    if not _possible(adversarial, axes): return row
-    return row | kept_by(site, loss, adversarial, axes, bn=bn)._asdict()
+# %% ../../nbs/07e_afan_evidence.ipynb #2454152a
+def _shares_axis(axis: Any, title: str, sites: Sequence[str]) -> None:
+    "An `axis` of shares, linear below 1 % and logarithmic above, one row a site"
+    axis.set_xscale("symlog", linthresh=.01)
+    axis.set_xlim(min(-.003, 1.3*axis.dataLim.x0), max(1.6, 1.3*axis.dataLim.x1))
+    axis.set_xticks([0, .01, .1, 1], ["0", "1 %", "10 %", "100 %"])
+    axis.minorticks_off()
+    axis.set_yticks(range(len(sites)), sites)
+    axis.set(title=title, ylim=(len(sites) - .5, -.5))
+    axis.axvline(1, color="black", lw=.6, ls=":")
 
-# %% ../../nbs/07e_afan_evidence.ipynb #466ec4a8
+# %% ../../nbs/07e_afan_evidence.ipynb #2a23b7ff
 def plot_kept(
     frame: "DataFrame", # of `kept_frame`
 ) -> "Figure":
@@ -139,19 +155,17 @@ def plot_kept(
         drawn[1].legend(title="statistics over", loc="center left", bbox_to_anchor=(1, .5))
     return figure
 
-def _shares_axis(axis: Any, title: str, sites: Sequence[str]) -> None:
-    "An `axis` of shares, linear below 1 % and logarithmic above, one row a site"
-    axis.set_xscale("symlog", linthresh=.01)
-    axis.set_xlim(min(-.003, 1.3*axis.dataLim.x0), max(1.6, 1.3*axis.dataLim.x1))
-    axis.set_xticks([0, .01, .1, 1], ["0", "1 %", "10 %", "100 %"])
-    axis.minorticks_off()
-    axis.set_yticks(range(len(sites)), sites)
-    axis.set(title=title, ylim=(len(sites) - .5, -.5))
-    axis.axvline(1, color="black", lw=.6, ls=":")
-
-# %% ../../nbs/07e_afan_evidence.ipynb #0ecaede4
+# %% ../../nbs/07e_afan_evidence.ipynb #3e95da8a
 _PUBLISHED = {"detection": (1., 1.), "segmentation": (.01, .03), "several layers": (.001, .001)} # gamma in 255ths
 
+def _check_feature(feature: Tensor) -> Tensor:
+    "`feature` in float32 or better, if it holds finite floats"
+    if not isinstance(feature, Tensor) or not feature.is_floating_point() or not feature.numel():
+        raise SadalibError("a feature is a tensor of floats with one element or more: give `site.value`.")
+    if not feature.isfinite().all(): raise SadalibError("the feature holds NaN or infinite values: check the network.")
+    return feature.detach().to(torch.promote_types(feature.dtype, torch.float32))
+
+# %% ../../nbs/07e_afan_evidence.ipynb #d8b70ada
 def precision_frame(
     feature: Tensor, # floats (B, ...), as `site.value`
     gammas: Sequence[float] = (1, .5, .4, .2, .1, .03, .01, .001), # sizes of a step, in 255ths
@@ -167,13 +181,6 @@ def precision_frame(
               for name in _several(precisions, "precisions") for gamma in gammas]
     frame = pd.DataFrame(shares, columns=["precision", "gamma", "share", "nonzero"])
     return frame[["gamma", "precision", "share", "nonzero"]]
-
-def _check_feature(feature: Tensor) -> Tensor:
-    "`feature` in float32 or better, if it holds finite floats"
-    if not isinstance(feature, Tensor) or not feature.is_floating_point() or not feature.numel():
-        raise SadalibError("a feature is a tensor of floats with one element or more: give `site.value`.")
-    if not feature.isfinite().all(): raise SadalibError("the feature holds NaN or infinite values: check the network.")
-    return feature.detach().to(torch.promote_types(feature.dtype, torch.float32))
 
 # %% ../../nbs/07e_afan_evidence.ipynb #5c320a7e
 def plot_precision(
@@ -198,7 +205,7 @@ def plot_precision(
         axis.legend(loc="center left", bbox_to_anchor=(1, .5))
     return figure
 
-# %% ../../nbs/07e_afan_evidence.ipynb #1e78a200
+# %% ../../nbs/07e_afan_evidence.ipynb #c4f1d194
 def _statistics(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     "The running means and variances of `model` and the batches that each normalisation counted, each in one row"
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
@@ -207,6 +214,7 @@ def _statistics(model: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
     mean, var, batches = (torch.cat([torch.zeros(1), *row]) for row in rows) # the zero serves models without any
     return mean, var, batches
 
+# %% ../../nbs/07e_afan_evidence.ipynb #a76f78fa
 @contextmanager
 def _norms_train(model: nn.Module) -> Iterator[None]:
     "The normalisation of a `model` in evaluation mode trains inside the block; one in training mode stays as it is"
@@ -217,7 +225,19 @@ def _norms_train(model: nn.Module) -> Iterator[None]:
     finally:
         for norm, mode in norms: norm.training = mode
 
-# %% ../../nbs/07e_afan_evidence.ipynb #b3a9888d
+# %% ../../nbs/07e_afan_evidence.ipynb #984f19c1
+def _polluted(site: Site, loss: Callable[[], Tensor], steps: int, gamma: float, policy: str) -> dict:
+    "The row of one `policy`"
+    before = _statistics(site.model)
+    with _unmoved(site.model):
+        with _norms_train(site.model):
+            attacked = feature_attack(site, loss, gamma=gamma, steps=steps, bn=policy)
+        mean, var, batches = (new - old for new, old in zip(_statistics(site.model), before, strict=True))
+    with torch.no_grad(), bn_policy(site.model, "freeze"), site.replay(attacked): gained = _number(loss())
+    return {"policy": policy, "mean_shift": mean.norm().item(), "var_shift": var.norm().item(),
+            "batches": int(batches.max()), "loss": gained}
+
+# %% ../../nbs/07e_afan_evidence.ipynb #f6776602
 def pollution_frame(
     model: nn.Module, # any network, in any mode; left as it was
     site: str, # name of the module whose output is attacked
@@ -237,23 +257,13 @@ def pollution_frame(
         _captured(place, loss, "freeze")
         return pd.DataFrame([_polluted(place, loss, steps, gamma, policy) for policy in policies])
 
-def _polluted(site: Site, loss: Callable[[], Tensor], steps: int, gamma: float, policy: str) -> dict:
-    "The row of one `policy`"
-    before = _statistics(site.model)
-    with _unmoved(site.model):
-        with _norms_train(site.model):
-            attacked = feature_attack(site, loss, gamma=gamma, steps=steps, bn=policy)
-        mean, var, batches = (new - old for new, old in zip(_statistics(site.model), before, strict=True))
-    with torch.no_grad(), bn_policy(site.model, "freeze"), site.replay(attacked): gained = _number(loss())
-    return {"policy": policy, "mean_shift": mean.norm().item(), "var_shift": var.norm().item(),
-            "batches": int(batches.max()), "loss": gained}
-
-# %% ../../nbs/07e_afan_evidence.ipynb #184ba7ae
+# %% ../../nbs/07e_afan_evidence.ipynb #3198b8ce
 def _filters(model: nn.Module) -> list[nn.Parameter]:
     "The weights that a direction moves: those with two dimensions or more that do not belong to a layer normalisation"
     still = {p for m in model.modules() if isinstance(m, nn.LayerNorm) for p in m.parameters(recurse=False)}
     return [p for p in model.parameters() if p.ndim > 1 and p.is_floating_point() and p not in still]
 
+# %% ../../nbs/07e_afan_evidence.ipynb #efea3425
 def _direction(weights: Sequence[Tensor], generator: torch.Generator) -> list[Tensor]:
     "Random directions like `weights`, each filter as long as that of the weight (Li et al. 2018, section 4)"
     def length(x: Tensor) -> Tensor: return torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
@@ -272,7 +282,16 @@ def _loss_along(model: nn.Module, loss: Callable[[], Tensor], weights: Sequence[
     finally:
         for weight, value in zip(weights, before, strict=True): weight.data.copy_(value)
 
-# %% ../../nbs/07e_afan_evidence.ipynb #27c34b44
+# %% ../../nbs/07e_afan_evidence.ipynb #2e7e79ee
+def _check_landscape(directions: int, reach: float, points: int) -> None:
+    "Refuse what is no landscape"
+    if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
+        raise SadalibError(f"directions={directions!r} are not possible: give a whole number from 1.")
+    if not 0 < reach < math.inf: raise SadalibError(f"reach={reach} is not possible: give a number above 0.")
+    if not isinstance(points, int) or points < 3 or points % 2 == 0:
+        raise SadalibError(f"points={points!r} do not hold 0 in their middle: give an odd number from 3, as 11.")
+
+# %% ../../nbs/07e_afan_evidence.ipynb #78198e5e
 def landscape(
     model: nn.Module, # any network, in any mode; left as it was
     loss: Callable[[], Tensor], # makes one pass of `model`, gives one number
@@ -282,7 +301,7 @@ def landscape(
     seed: int = 0, # of the directions; the first ones are the same for any number of them
 ) -> "DataFrame": # direction, t, loss
     """The `loss` along random directions, filter-normalised (Li et al. 2018, section 4); biases, norm parameters stay.
-    Passes start from one random state. The released code keeps only the last of 10 positive, unnormalised directions."""
+    Passes start from one random state. Released code keeps only the last of 10 positive, unnormalised directions."""
     import pandas as pd
     _check_landscape(directions, reach, points)
     weights = _filters(model)
@@ -295,14 +314,6 @@ def landscape(
             found = _loss_along(model, loss, weights, direction, reach*i/half) if i else centre
             rows.append({"direction": k, "t": reach*i/half, "loss": found})
     return pd.DataFrame(rows)
-
-def _check_landscape(directions: int, reach: float, points: int) -> None:
-    "Refuse what is no landscape"
-    if isinstance(directions, bool) or not isinstance(directions, int) or directions < 1:
-        raise SadalibError(f"directions={directions!r} are not possible: give a whole number from 1.")
-    if not 0 < reach < math.inf: raise SadalibError(f"reach={reach} is not possible: give a number above 0.")
-    if not isinstance(points, int) or points < 3 or points % 2 == 0:
-        raise SadalibError(f"points={points!r} do not hold 0 in their middle: give an odd number from 3, as 11.")
 
 # %% ../../nbs/07e_afan_evidence.ipynb #7057d9c7
 def plot_landscape(
@@ -323,7 +334,27 @@ def plot_landscape(
         axis.legend()
     return figure
 
-# %% ../../nbs/07e_afan_evidence.ipynb #fd94dda3
+# %% ../../nbs/07e_afan_evidence.ipynb #c20d4842
+def _checked_images(images: Tensor) -> Tensor:
+    "A copy of `images`, if these are floats in [0, 1]"
+    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4:
+        raise SadalibError("images to attack are floats (B, C, H, W): divide bytes by 255, and stack single images.")
+    if images.numel() and not (images.min() >= 0 and images.max() <= 1):
+        raise SadalibError("images to attack lie in [0, 1]: normalise inside the model, not before it.")
+    return images.detach().clone()
+
+# %% ../../nbs/07e_afan_evidence.ipynb #17d32136
+def _uphill(loss: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    "The gradient of `loss` for `images`"
+    with torch.enable_grad():
+        given = images.detach().requires_grad_()
+        total = loss(given)
+        _finite(total)
+        slope = torch.autograd.grad(total, given, allow_unused=True)[0] if total.requires_grad else None
+    if slope is not None: return slope
+    raise SadalibError("the loss does not depend on the images: use the ones it is given, without `detach`.")
+
+# %% ../../nbs/07e_afan_evidence.ipynb #fa355a81
 def pixel_attack(
     loss: Callable[[Tensor], Tensor], # of images in one pass: one number
     images: Tensor, # floats in [0, 1], (B, C, H, W)
@@ -347,25 +378,33 @@ def pixel_attack(
             point = (point + step_size*_uphill(loss, point).sign()).maximum(low).minimum(high)
     return point
 
-def _checked_images(images: Tensor) -> Tensor:
-    "A copy of `images`, if these are floats in [0, 1]"
-    if not isinstance(images, Tensor) or not images.is_floating_point() or images.ndim != 4:
-        raise SadalibError("images to attack are floats (B, C, H, W): divide bytes by 255, and stack single images.")
-    if images.numel() and not (images.min() >= 0 and images.max() <= 1):
-        raise SadalibError("images to attack lie in [0, 1]: normalise inside the model, not before it.")
-    return images.detach().clone()
+# %% ../../nbs/07e_afan_evidence.ipynb #b1b65703
+def _check_maps(clean: Tensor, points: Tensor, channel: int | None, columns: int) -> None:
+    "Refuse features that cannot be drawn"
+    if clean.ndim != 4 or points.ndim != 5 or points.shape[1:] != clean.shape:
+        raise SadalibError(f"clean is {tuple(clean.shape)} and the points {tuple(points.shape)}: give (B, C, H, W) and "
+                           "(k, B, C, H, W), as `strengths` does.")
+    if channel is not None and not 0 <= channel < clean.shape[1]:
+        raise SadalibError(f"there is no channel {channel}: give one from 0 to {clean.shape[1] - 1}.")
+    if columns < 1: raise SadalibError(f"columns={columns} are not possible: give a whole number from 1.")
 
-def _uphill(loss: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    "The gradient of `loss` for `images`"
-    with torch.enable_grad():
-        given = images.detach().requires_grad_()
-        total = loss(given)
-        _finite(total)
-        slope = torch.autograd.grad(total, given, allow_unused=True)[0] if total.requires_grad else None
-    if slope is not None: return slope
-    raise SadalibError("the loss does not depend on the images: use the ones it is given, without `detach`.")
+# %% ../../nbs/07e_afan_evidence.ipynb #43e29029
+def _draw_maps(shown: Any, changes: Any, names: Sequence[str], channel: int, columns: int) -> "Figure":
+    "Rows of maps `shown`, each above its row of `changes`; the clean map has none"
+    from sadalib.report import panels
+    high = math.ceil(len(names)/columns)
+    figure, axes = panels(2*high*columns, columns=columns, size=(1.2, 1.3), share=False, image=True)
+    size = float(abs(changes).max()) or 1.
+    scales = (dict(cmap="magma", vmin=shown.min(), vmax=shown.max()), dict(cmap="RdBu_r", vmin=-size, vmax=size))
+    for below, (values, scale) in enumerate(zip((shown, changes), scales, strict=True)):
+        used = [axes[(2*(i//columns) + below)*columns + i % columns] for i in range(len(names))]
+        for axis, value, name in list(zip(used, values, names, strict=True))[below:]:
+            image = axis.imshow(value, **scale)
+            axis.set_title("its change" if below else name, fontsize=6.5)
+        figure.colorbar(image, ax=used, shrink=.7, label="change" if below else f"channel {channel}")
+    return figure
 
-# %% ../../nbs/07e_afan_evidence.ipynb #4627fb27
+# %% ../../nbs/07e_afan_evidence.ipynb #0ec7c9ef
 def channel_maps(
     clean: Tensor, # feature (B, C, H, W); its first row is drawn
     points: Tensor, # strengths (k, B, C, H, W), weakest first
@@ -381,30 +420,6 @@ def channel_maps(
     changes = shown - shown[:1]
     names = ["clean", *(f"strength {i + 1}" for i in range(len(points)))]
     with style(): return _draw_maps(shown, changes, names, channel, min(columns, len(names)))
-
-def _check_maps(clean: Tensor, points: Tensor, channel: int | None, columns: int) -> None:
-    "Refuse features that cannot be drawn"
-    if clean.ndim != 4 or points.ndim != 5 or points.shape[1:] != clean.shape:
-        raise SadalibError(f"clean is {tuple(clean.shape)} and the points {tuple(points.shape)}: give (B, C, H, W) and "
-                           "(k, B, C, H, W), as `strengths` does.")
-    if channel is not None and not 0 <= channel < clean.shape[1]:
-        raise SadalibError(f"there is no channel {channel}: give one from 0 to {clean.shape[1] - 1}.")
-    if columns < 1: raise SadalibError(f"columns={columns} are not possible: give a whole number from 1.")
-
-def _draw_maps(shown: Any, changes: Any, names: Sequence[str], channel: int, columns: int) -> "Figure":
-    "Rows of maps `shown`, each above its row of `changes`; the clean map has none"
-    from sadalib.report import panels
-    high = math.ceil(len(names)/columns)
-    figure, axes = panels(2*high*columns, columns=columns, size=(1.2, 1.3), share=False, image=True)
-    size = float(abs(changes).max()) or 1.
-    scales = (dict(cmap="magma", vmin=shown.min(), vmax=shown.max()), dict(cmap="RdBu_r", vmin=-size, vmax=size))
-    for below, (values, scale) in enumerate(zip((shown, changes), scales, strict=True)):
-        used = [axes[(2*(i//columns) + below)*columns + i % columns] for i in range(len(names))]
-        for axis, value, name in list(zip(used, values, names, strict=True))[below:]:
-            image = axis.imshow(value, **scale)
-            axis.set_title("its change" if below else name, fontsize=6.5)
-        figure.colorbar(image, ax=used, shrink=.7, label="change" if below else f"channel {channel}")
-    return figure
 
 # %% ../../nbs/07e_afan_evidence.ipynb #21c05160
 def perturbation_curve(

@@ -77,9 +77,9 @@ class AfanParameters:
     save: bool = False # write pictures and tables to figures/
     force: bool = False # let a lower profile overwrite a better one's figures
 
-# %% ../../nbs/07d_afan_study.ipynb #f59958a7
+# %% ../../nbs/07d_afan_study.ipynb #174ebc4c
 _STD: dict[str, Any] = dict(gamma=.2, gamma_unit="feature_std", steps=1, strengths=2, mix="01", threads=1)
-_CIFAR: dict[str, Any] = dict(**_STD, model="resnet20", site="stage2", train_images=4000, valid_images=1000, robust_images=500,
+_CIFAR: dict[str, Any] = dict(**_STD, model="resnet20", site="stage2", train_images=2500, valid_images=1000, robust_images=500,
                               recipe=Recipe(epochs=8, batch_size=64, lr=.1, augment="crop_flip"))
 _SCENE: dict[str, Any] = dict(**_STD, decoder_gamma=.2, rois=64)
 _DETECTION: dict[str, Any] = dict(**_SCENE, model="fasterrcnn_resnet18_light", site="backbone.body.layer2",
@@ -87,17 +87,17 @@ _DETECTION: dict[str, Any] = dict(**_SCENE, model="fasterrcnn_resnet18_light", s
 _SEGMENTATION: dict[str, Any] = dict(**_SCENE, model="deeplabv3plus_mobilenet", site="encoder.features.6",
                                      decoder_site="decoder.aspp")
 SMALL: dict[str, dict[str, Any]] = { # by data set
-    "digits": dict(**_STD, model="resnet20", site="stage2", train_images=600, robust_images=300,
-                   recipe=Recipe(epochs=8, batch_size=30, lr=.05, warmup=20)),
+    "digits": dict(**_STD, model="resnet20", site="stage2", train_images=400, robust_images=200,
+                   recipe=Recipe(epochs=6, batch_size=20, lr=.05, warmup=20)),
     "cifar10": _CIFAR, "cifar100": _CIFAR, "folder": {**_CIFAR, "train_images": None, "valid_images": None},
     "bccd": dict(**_DETECTION, size=240, train_images=60, robust_images=12,
                  recipe=Recipe(epochs=16, batch_size=4, lr=.02, warmup=20)),
     "camvid": dict(**_SEGMENTATION, train_images=240, robust_images=12,
                    recipe=Recipe(epochs=10, batch_size=8, lr=.05, warmup=20)),
-    "scenes/detection": dict(**_DETECTION, train_images=120, test_images=60, robust_images=12,
-                             recipe=Recipe(epochs=10, batch_size=4, lr=.02, warmup=20)),
-    "scenes/segmentation": dict(**_SEGMENTATION, train_images=200, test_images=100, robust_images=24,
-                                recipe=Recipe(epochs=10, batch_size=8, lr=.05, warmup=20))}
+    "scenes/detection": dict(**_DETECTION, train_images=80, test_images=40, robust_images=8,
+                             recipe=Recipe(epochs=8, batch_size=4, lr=.02, warmup=20)),
+    "scenes/segmentation": dict(**_SEGMENTATION, train_images=120, test_images=60, robust_images=12,
+                                recipe=Recipe(epochs=8, batch_size=8, lr=.05, warmup=20))}
 SMOKE: dict[str, dict[str, Any]] = { # by task
     "classification": dict(**_STD, model="tinynet", site="features.1", train_images=200, valid_images=50, robust_images=50,
                            recipe=Recipe(epochs=3, batch_size=50, lr=.05, warmup=5)),
