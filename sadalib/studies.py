@@ -269,7 +269,7 @@ def _trained_on(config: TrainConfig) -> int:
     "How many images `config` trains on"
     return config.train_images or _count(config.data, config.size, config.channels)
 
-# %% ../nbs/00k_studies.ipynb #0214a315
+# %% ../nbs/00k_studies.ipynb #dce88bd6
 def plot_scores(
     frame: "DataFrame", # of `scores`
     by: str, # the column that names the rows
@@ -281,7 +281,8 @@ def plot_scores(
     from sadalib.report import panels, style
     names = list(dict.fromkeys(frame[by]))[::-1]
     with style():
-        figure, axes = panels(len(columns), columns=6, size=(1.9, .9 + .2 * len(names)), share=False)
+        wide = 1.9 if len(columns) > 2 else 3.2 # the names of the arms need room too
+        figure, axes = panels(len(columns), columns=6, size=(wide, .9 + .2 * len(names)), share=False)
         for axis, data in zip(axes, columns, strict=True):
             rows = frame[frame.data == data]
             axis.plot(100 * rows.value, [names.index(n) for n in rows[by]], "o", ms=3, alpha=.5, color="C0")

@@ -10,7 +10,7 @@ __all__ = ['SMALL', 'SMOKE', 'PAPER', 'TASK_DATA', 'ARMS', 'PIXEL', 'L_SITES', '
            'afan_frame', 'class_frame', 'size_frame', 'step_costs', 'paper_rows', 'as_registered', 'pair_table',
            'afan_claims', 'paper_claims', 'ablation_configs', 'plot_ablation']
 
-# %% ../../nbs/07d_afan_study.ipynb #3c13c2ee
+# %% ../../nbs/07d_afan_study.ipynb #0a8d5286
 import math, time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ from .evidence import pixel_attack
 from .method import AFAN, LALFA, SiteAttack
 from .sites import bn_policy
 from ..baselines import ERM, PGDTraining
-from ..data import ImageSet, load
+from ..data import TASKS as DATA_TASKS, ImageSet, load
 from ..data.scenes import SCENES
 from ..models import NETWORKS, create_model
 from ..recipes import PROFILES, resolve_profile
@@ -77,7 +77,7 @@ class AfanParameters:
     save: bool = False # write pictures and tables to figures/
     force: bool = False # let a lower profile overwrite a better one's figures
 
-# %% ../../nbs/07d_afan_study.ipynb #174ebc4c
+# %% ../../nbs/07d_afan_study.ipynb #551836d0
 _STD: dict[str, Any] = dict(gamma=.2, gamma_unit="feature_std", steps=1, strengths=2, mix="01", threads=1)
 _CIFAR: dict[str, Any] = dict(**_STD, model="resnet20", site="stage2", train_images=2500, valid_images=1000, robust_images=500,
                               recipe=Recipe(epochs=8, batch_size=64, lr=.1, augment="crop_flip"))
@@ -99,8 +99,8 @@ SMALL: dict[str, dict[str, Any]] = { # by data set
     "scenes/segmentation": dict(**_SEGMENTATION, train_images=120, test_images=60, robust_images=12,
                                 recipe=Recipe(epochs=8, batch_size=8, lr=.05, warmup=20))}
 SMOKE: dict[str, dict[str, Any]] = { # by task
-    "classification": dict(**_STD, model="tinynet", site="features.1", train_images=200, valid_images=50, robust_images=50,
-                           recipe=Recipe(epochs=3, batch_size=50, lr=.05, warmup=5)),
+    "classification": dict(**_STD, model="tinynet", site="features.1", train_images=600, valid_images=100, robust_images=50,
+                           recipe=Recipe(epochs=8, batch_size=30, lr=.05, warmup=10)),
     "detection": {**_DETECTION, "rois": 16, "train_images": 8, "test_images": 4, "robust_images": 2,
                   "recipe": Recipe(epochs=2, batch_size=4, lr=.01, warmup=2)},
     "segmentation": {**_SEGMENTATION, "train_images": 24, "test_images": 8, "robust_images": 4,
@@ -218,7 +218,7 @@ def _l_sites(model: str) -> tuple[str, ...]:
         raise SadalibError(f"learned weights have no list of sites for `{model}`: choose {', '.join(L_SITES)}, or use LALFA(sites=...).")
     return L_SITES[model]
 
-# %% ../../nbs/07d_afan_study.ipynb #8426c26f
+# %% ../../nbs/07d_afan_study.ipynb #14a4f616
 def afan_config(
     p: AfanParameters,
 ) -> TrainConfig | SceneConfig:
@@ -228,7 +228,9 @@ def afan_config(
     shared = {"model": row["model"], "recipe": row["recipe"], "seed": p.seed, "threads": row["threads"], "weights": row["weights"],
               "train_images": row["train_images"]}
     if p.task == "classification":
-        return TrainConfig(method=afan_method(p), data=data, size=row["size"] or 32, valid_images=row["valid_images"], **shared)
+        unseen = DATA_TASKS["digits"].targets("digits") if data == "digits" else ()
+        return TrainConfig(method=afan_method(p), data=data, targets=unseen, size=row["size"] or 32, valid_images=row["valid_images"],
+                           **shared)
     size = (row["size"], row["size"]) if p.task == "segmentation" and row["size"] and data != "scenes" else row["size"]
     return SceneConfig(method=SceneMethod(task=p.task, inner=afan_method(p)), data=data, size=size, test_images=row["test_images"],
                        rois=row["rois"], split=row["split"], **shared)
