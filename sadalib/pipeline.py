@@ -7,7 +7,7 @@ __all__ = ['Job', 'read_config', 'read_jobs', 'fingerprint', 'workspace', 'noteb
            'plan', 'describe', 'remaining', 'last_words', 'reason_in', 'Watch', 'holding', 'pictures', 'main',
            'run_command']
 
-# %% ../nbs/00h_pipeline.ipynb #297df3f1
+# %% ../nbs/00h_pipeline.ipynb #5d36a0a2
 import argparse, contextlib, dataclasses, fcntl, importlib.util, json, os, re, shlex, signal, socket, subprocess, sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from .report import PROFILES, figures_root, held_by_better
+from .data.scenes import SCENES
 from .runs import SadalibError, clone_root, code_digest, data_root, did_you_mean, digest, duration, runs_root
 
 # %% ../nbs/00h_pipeline.ipynb #d8479f92
@@ -189,11 +190,12 @@ def absent(
     "The outputs of `job` that are not there"
     return [pattern for pattern in job.outputs if not _found(job, pattern)]
 
-# %% ../nbs/00h_pipeline.ipynb #2d20fa13
+# %% ../nbs/00h_pipeline.ipynb #33d0556a
 def _unprepared(name: str) -> bool:
     "Whether data set `name` is not in the data root; its notebook checks it in full"
-    folder = data_root()/name.split("/")[0]
-    return not (folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()))
+    places = SCENES[name].folders if name in SCENES else (name.split("/")[0],)
+    there = [folder for folder in (data_root()/place for place in places) if folder.is_dir()]
+    return not any(not p.name.startswith(".") for folder in there for p in folder.iterdir())
 
 # %% ../nbs/00h_pipeline.ipynb #ebbc4ad0
 def _obstacle(job: Job, here: bool) -> str:

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Scenes', 'SCENE_NETWORKS', 'ROI', 'check_scene_model', 'create_scene_model', 'SceneIndex', 'scene_batch',
            'drawn_from', 'detection_loss', 'segmentation_loss', 'SceneMethod', 'scene_losses', 'answer', 'scene_rows',
-           'show_answers', 'SceneConfig', 'check_scenes', 'scene_sets', 'train_scenes', 'keep_answers', 'kept_answers',
-           'load_scene_model']
+           'show_answers', 'SceneConfig', 'check_scenes', 'scene_sets', 'whole_batches', 'train_scenes', 'keep_answers',
+           'kept_answers', 'load_scene_model']
 
-# %% ../nbs/00p_scene_training.ipynb #9ab54e06
+# %% ../nbs/00p_scene_training.ipynb #518f41be
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -22,7 +22,7 @@ from .data.scenes import SCENES, VOID, DetectionSet, SegmentationSet, load_scene
 from .models import STATISTICS, Normalised, own_seed
 from .runs import Run, SadalibError, Shard, computes, cpu_threads, did_you_mean, finish, load_tensors, randint, save_tensors
 from .scene_scores import confusion, detection_scores, segmentation_scores
-from .training import Loop, Method, Recipe, fit, opened
+from .training import Loop, Method, Recipe, fit, opened, team
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -295,10 +295,23 @@ def scene_sets(
     if isinstance(train, DetectionSet): train = train.without_difficult()
     return train, load_scenes(config.data, "test", n=config.test_images, **options)
 
-# %% ../nbs/00p_scene_training.ipynb #0d185f53
+# %% ../nbs/00p_scene_training.ipynb #66317186
 def _shorter(train: Scenes) -> int:
     "The shorter side of the first picture"
     return min(train.images[0].shape[-2:])
+
+def whole_batches(
+    train: Scenes,
+    batch: int, # pictures
+    processes: int = 1, # that share a batch
+) -> Scenes: # the same, or without the pictures of a last batch that is too small
+    "DeepLabV3+ normalises over the batch after pooling all places away, so a process needs two pictures"
+    if isinstance(train, DetectionSet): return train
+    rest = len(train) % batch
+    if batch // processes < 2 or len(train) < batch and rest // processes < 2:
+        raise SadalibError(f"{train.name}: batches of {min(batch, len(train))} pictures leave a process fewer than the two that a "
+                           "segmenter's normalisation needs: raise batch_size, or use fewer processes.")
+    return train.take(len(train) - rest) if rest and rest // processes < 2 else train
 
 @computes(SceneConfig)
 def train_scenes(
@@ -310,6 +323,7 @@ def train_scenes(
     config = run.config
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     train, test = scene_sets(config)
+    train = whole_batches(train, config.recipe.batch_size, team().size)
     method = replace(config.method, inner=replace(config.method.inner))
     meta = {"task": method.task, "model": config.model, "classes": len(train.classes), "size": _shorter(train), "rois": config.rois}
     with cpu_threads(config.threads):

@@ -208,7 +208,8 @@ def test_nothing_is_left_on_the_model_after_a_failure():
 
 @pytest.mark.parametrize("how,word", [(dict(site="stage1", strengths=2), "k=2"), (dict(site="stage1", strengths=0, mix=""), "k=0"),
                                       (dict(site="stage1", mix="0021"), "0021"), (dict(site="stage1", weights_of_terms="cod"), "code"),
-                                      (dict(site="stage1", task="detect"), "detection"), (dict(), "site"), (dict(site="a", attack_bn="x"), "x"),
+                                      (dict(site="stage1", task="detect"), "detection"), (dict(), "site"), (dict(site="a", attack_bn="x"),
+                                                                                                            "x"),
                                       (dict(site="a", random_start=True), "eps"), (dict(site="a", direction="up"), "up")])
 def test_wrong_settings(how, word):
     with pytest.raises(SadalibError) as error: AFAN(**how)
@@ -231,6 +232,11 @@ def test_frozen_layers_are_refused_and_a_later_site_is_not():
     with pytest.raises(SadalibError, match="frozen layers"): AFAN(site="stage1").loss(net, x, y)
     AFAN(site="stage2").loss(net, x, y)["total"].backward()
     assert net.net.stem[0].weight.grad is None and net.net.stage3[0].conv1.weight.grad is not None
+
+
+def test_a_site_with_nothing_trained_behind_it_is_refused():
+    net, (x, y) = create_model("resnet20", seed=0).train(), batch(4, 32)
+    with pytest.raises(SadalibError, match="nothing that is trained lies behind site `net.head`"): AFAN(site="head").loss(net, x, y)
 
 
 def test_a_lost_step_is_told_once():
@@ -273,7 +279,8 @@ def test_learned_weights_follow_their_gradient():
     slopes = torch.autograd.grad(clean, [s.live for s in sites])
     expected = []
     for site, slope, w in zip(sites, slopes, start, strict=True):
-        points = perturbed(site, lambda: F.cross_entropy(net(x), y), SiteAttack(site="", strengths=1, mix="", gamma=20., steps=3), gradient=slope)
+        points = perturbed(site, lambda: F.cross_entropy(net(x), y), SiteAttack(site="", strengths=1, mix="", gamma=20., steps=3),
+                           gradient=slope)
         w = w.clone().requires_grad_()
         from sadalib.afan.sites import bn_policy
         with bn_policy(net, "freeze"), site.replay(site.value + w*(points[-1] - site.value)): term = F.cross_entropy(net(x), y)
@@ -288,7 +295,8 @@ def test_learned_weights_survive_a_checkpoint(tmp_path):
     data, recipe = load("digits").take(60), Recipe(epochs=2, batch_size=20, warmup=0)
     def method(): return LALFA(sites=("features.1", "features.3"), gamma=20.)
     whole = fit(create_model("tinynet", seed=0), data, method(), recipe, progress=False, folder=tmp_path/"a")
-    cut = fit(create_model("tinynet", seed=0), data, method(), Recipe(epochs=1, batch_size=20, warmup=0), progress=False, folder=tmp_path/"b")
+    cut = fit(create_model("tinynet", seed=0), data, method(), Recipe(epochs=1, batch_size=20, warmup=0), progress=False,
+              folder=tmp_path/"b")
     tensors, _ = load_tensors(tmp_path/"b"/"checkpoint"/"last.safetensors")
     assert torch.equal(tensors["method.weights"], cut.method.weights)
     again = method()
@@ -323,7 +331,8 @@ RANKS = """
 def test_two_gloo_ranks_equal_one_process(tmp_path, method):
     def python(**env):
         env = {**os.environ, "SADALIB_RUNS": str(tmp_path), "OMP_NUM_THREADS": "1", "METHOD": method, **env}
-        return subprocess.Popen([sys.executable, "-c", textwrap.dedent(RANKS)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen([sys.executable, "-c", textwrap.dedent(RANKS)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                text=True)
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(22000 + (os.getpid() + len(method)*997) % 20000),
               "ACCELERATE_USE_CPU": "true"}
     jobs = [python()] + [python(RANK=str(r), LOCAL_RANK=str(r), **common) for r in (0, 1)]

@@ -16,6 +16,7 @@ from sadalib.benchmarks import (
     SUBJECTS,
     BenchmarkConfig,
     CostParameters,
+    afan_costs,
     attacked_input,
     augment_costs,
     batch_augment,
@@ -49,7 +50,7 @@ from sadalib.shake_networks import ShakeBlock, ShakeShake
 from sadalib.training import take_step
 
 SIZES = {"attack": 8, "throughput": 8, "linear": 80, "grid": 60, "exact": 700, "theory": 10,
-         "augment": 8, "advaa_step": 4, "shake": 2}
+         "augment": 8, "advaa_step": 4, "shake": 2, "afan": 2}
 SLOW = {"map", "stop"} # on data and training: shown in the notebook
 
 
@@ -71,9 +72,11 @@ def test_every_subject_gives_finite_ratios(subject, tmp_path):
 def test_every_limit_names_a_metric_that_is_measured(monkeypatch):
     monkeypatch.setattr(benchmarks, "on_both_clocks", lambda work, rounds, *_: ({k: [1.]*rounds for k in work},)*2)
     monkeypatch.setattr(benchmarks, "interleaved", lambda work, rounds, *_, **__: {k: [1.]*rounds for k in work})
+    monkeypatch.setattr(benchmarks, "_counted", lambda *_: (1, 1)) # of A-FAN: memory and runs
+    monkeypatch.setattr(benchmarks, "peak_bytes", lambda *_: 1)
     found = {row["metric"] for rows in (linear_costs(60, 1), exact_costs(700, 1), theory_costs(5, 1),
              benchmarks.map_costs(8, 1), benchmarks.attack_costs(4, 1), grid_costs(60), augment_costs(2, 1),
-             step_costs(2, 1)) for row in rows}
+             step_costs(2, 1), afan_costs(8, 1)) for row in rows}
     assert set(LIMITS) <= found | {m.removeprefix("reduced ") for m in found}
 
 
@@ -260,12 +263,12 @@ def test_configurations_follow_profile_and_parameters():
     full, smoke = (cost_configs(CostParameters(), profile) for profile in ("paper", "smoke"))
     assert set(full) == set(smoke) == set(SUBJECTS) and next(iter(full)) == "grid"
     assert {full[s].n for s in ("linear", "grid", "exact")} == {4000} and {c.rounds for c in smoke.values()} == {1}
-    assert {full[s].threads for s in ("linear", "grid", "exact", "theory", "augment", "advaa_step", "shake")} == {1}
+    assert {full[s].threads for s in ("linear", "grid", "exact", "theory", "augment", "advaa_step", "shake", "afan")} == {1}
     assert full["map"].threads == 2 and full["map"].rounds == 9
     assert cost_configs(CostParameters(), "small")["map"].rounds == 5
     own = cost_configs(CostParameters(images=5, points=77, rounds=3, threads=4), "small", "cuda")
     assert (own["map"].n, own["linear"].n, own["theory"].n, own["throughput"].device) == (5, 77, 200, "cuda")
-    assert {own[s].n for s in ("augment", "advaa_step", "shake")} == {5}
+    assert {own[s].n for s in ("augment", "advaa_step", "shake", "afan")} == {5}
     assert own["grid"].rounds == 1 and {c.rounds for s, c in own.items() if s != "grid"} == {3}
     assert {c.threads for c in own.values()} == {4}
     assert cost_configs(CostParameters(), "small", "cuda")["throughput"].n == 2048
@@ -280,7 +283,8 @@ def test_an_unknown_subject_is_refused_before_anything_runs(name, near):
 def test_importing_is_light():
     code = """if True:
         import sys, sadalib.benchmarks
-        heavy = {"matplotlib", "pandas", "sklearn", "scipy", "PIL", "ipywidgets", "sadalib.disparity", "sadalib.advaa"}
+        heavy = {"matplotlib", "pandas", "sklearn", "scipy", "PIL", "ipywidgets", "sadalib.disparity", "sadalib.advaa",
+                 "sadalib.afan"}
         print(sorted(heavy & set(sys.modules)))"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr

@@ -1,24 +1,34 @@
 """One contract for every training method, in the manner of scikit-learn's estimator checks."""
 import copy
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 
 import pytest
 import torch
 
 from sadalib.advaa import AdvAA
+from sadalib.afan import AFAN
 from sadalib.models import create_model
 from sadalib.recipes import METHODS, TrainParameters, build_method
 from sadalib.runs import Shard, canonical, rand, seeded
 
 
+@dataclass(kw_only=True)
+class AnySite(AFAN):
+    "A-FAN at a site of whichever of the two networks it is given"
+    def loss(self, model, images, labels, **options):
+        site = "stage1" if hasattr(model.net, "stage1") else "features.1"
+        return AFAN(**{f.name: getattr(self, f.name) for f in fields(AFAN)} | {"site": site}).loss(model, images, labels, **options)
+
+
 def ready(name: str, **options):
     "Method `name`, with a hand-made map where it wants one"
     if name == "advaa": return AdvAA(copies=2, padding=2, cutout=8, operations=15) # no pairing: its pool is the training's
+    if name == "afan": return AnySite(site="any", strengths=2, mix="01", gamma=.2, gamma_unit="feature_std")
     method = build_method(TrainParameters(method=name, profile="smoke", guidance=options.pop("guidance", "uniform"), **options))
     return method
 
 
-@pytest.fixture(params=(*METHODS, "advaa"))
+@pytest.fixture(params=(*METHODS, "advaa", "afan"))
 def method(request):
     return ready(request.param)
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['feature_attack', 'kept_by', 'mix_strengths', 'parse_mask', 'renormalise', 'strengths', 'surviving_share', 'Site',
-           'bn_policy', 'list_sites']
+           'bn_policy', 'list_sites', 'AFAN', 'LALFA', 'SiteAttack', 'find_site', 'perturbed']
 
-# %% ../../nbs/07_afan.ipynb #7f6a85d8
+# %% ../../nbs/07_afan.ipynb #740d0bc1
 from .mix import feature_attack, kept_by, mix_strengths as mix_strengths, parse_mask as parse_mask
 from .mix import renormalise, strengths, surviving_share as surviving_share
 from .sites import Site, bn_policy as bn_policy, list_sites
+from .method import AFAN, LALFA as LALFA, SiteAttack, find_site as find_site, perturbed as perturbed
 
 _all_ = ["feature_attack", "kept_by", "mix_strengths", "parse_mask", "renormalise", "strengths", "surviving_share", "Site",
-         "bn_policy", "list_sites"]
+         "bn_policy", "list_sites", "AFAN", "LALFA", "SiteAttack", "find_site", "perturbed"]

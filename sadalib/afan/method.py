@@ -163,7 +163,7 @@ def _slope(site: Site, how: SiteAttack, bn: str, gradient: Tensor | None) -> Ten
     if gradient is None: raise SadalibError(f"the loss does not depend on site `{site.name}`: choose one that leads to it.")
     return gradient
 
-# %% ../../nbs/07c_afan_method.ipynb #66a1381d
+# %% ../../nbs/07c_afan_method.ipynb #acff7558
 @dataclass(kw_only=True)
 class AFAN(SiteAttack, Method):
     "Adversarial feature augmentation and normalisation (Chen et al., TMLR 2022); without `mix`, augmentation alone"
@@ -220,6 +220,8 @@ class AFAN(SiteAttack, Method):
     def _strength(self, total: TermSum, site: Site, loss: Callable[[], Tensor], point: Tensor, weight: float) -> Tensor:
         "Take in the loss of a pass that starts at `point`"
         with bn_policy(site.model, self.adv_bn), site.replay(point): term = loss()
+        if not term.requires_grad:
+            raise SadalibError(f"nothing that is trained lies behind site `{site.name}`: choose an earlier one.")
         total.add(term, weight)
         return term.detach()
 

@@ -166,7 +166,7 @@ def settings(
     given = {k: getattr(p, k) for k in ("epochs", "batch_size", "lr", "precision") if getattr(p, k) is not None}
     return {**row, "recipe": replace(row["recipe"], **given)}
 
-# %% ../../nbs/07d_afan_study.ipynb #ccdcc1ee
+# %% ../../nbs/07d_afan_study.ipynb #fa0503ab
 ARMS = {"plain": "plain", "pixel": "pixel PGD training", "noise": "feature noise of equal size", "features": "feature attack",
         "afan": "feature attack and normalisation", "l_alfa": "learned weights over sites"}
 PIXEL: dict[str, Any] = {"eps": 2/255, "step_size": 2/255, "mix": .5} # clean and attacked images, as many steps as the feature attack
@@ -184,7 +184,8 @@ def check_afan(
         if name in SCENES or any(name in others for others in TASK_DATA.values()):
             raise SadalibError(f"{name} is no data set for {p.task}: choose one of {', '.join(known)}.")
         raise SadalibError(f"unknown dataset `{name}`{did_you_mean(name, known)}")
-    if p.profile not in ("auto", *PROFILES): raise SadalibError(f"unknown profile `{p.profile}`{did_you_mean(p.profile, ('auto', *PROFILES))}")
+    if p.profile not in ("auto",
+                         *PROFILES): raise SadalibError(f"unknown profile `{p.profile}`{did_you_mean(p.profile, ('auto', *PROFILES))}")
     if (arm := getattr(p, "arm", "afan")) not in ARMS: raise SadalibError(f"unknown arm `{arm}`{did_you_mean(arm, ARMS)}")
     if p.task != "classification":
         if arm in ("pixel", "l_alfa"): raise SadalibError(f"arm `{arm}` is for classification: choose plain, noise, features or afan.")
@@ -505,10 +506,11 @@ def _step_of(config: Any) -> Any:
         model.zero_grad()
     return step
 
-# %% ../../nbs/07d_afan_study.ipynb #106a935d
+# %% ../../nbs/07d_afan_study.ipynb #a89cd781
 _PROVED: dict[tuple[str, str, str], tuple[float, str, float, float]] = { # task, data, model: value, metric and where, tolerance, GPU hours
     ("classification", "cifar10", "resnet56"): (94.82, "test accuracy [%], augmentation only; README of the public code", .5, 1.5),
-    ("detection", "voc2007", "fasterrcnn_resnet50"): (75.38, "VOC 11-point mAP [%] of a C4 detector; name of a released checkpoint", 2., 12.),
+    ("detection", "voc2007", "fasterrcnn_resnet50"): (75.38, "VOC 11-point mAP [%] of a C4 detector; name of a released checkpoint", 2.,
+                                                      12.),
 }
 _OTHERS: dict[tuple[str, str, str], float] = { # GPU hours (UNVERIFIED)
     ("classification", "cifar100", "resnet56"): 1.5, ("classification", "imagenet", "resnet18"): 60.,
@@ -552,7 +554,7 @@ def pair_table(
     wanted = [pair for pair in pairs if set(pair) <= set(arms)]
     return pd.concat([paired_table(frame, "arm", wanted, data) for data in dict.fromkeys(frame.data)], ignore_index=True)
 
-# %% ../../nbs/07d_afan_study.ipynb #4da9cffa
+# %% ../../nbs/07d_afan_study.ipynb #970fef4b
 def _told(row: Mapping) -> str:
     "A difference with its interval, and what it decides"
     if math.isnan(row["low"]): return f"{row['arm']} - {row['against']}: {row['difference']:+.2f} (one seed)"
@@ -581,7 +583,8 @@ def afan_claims(
         if not rows: continue
         low, single = plain < INFORMATIVE[p.task], any(math.isnan(r["low"]) for r in rows)
         said = VERDICTS[-1] if low or single else verdict((r["low"], r["high"]) for r in rows)
-        why = "not informative at this scale, the plain network has hardly learned; " if low else "one seed decides nothing; " if single else ""
+        why = "one seed decides nothing; " if single else ""
+        if low: why = "not informative at this scale, the plain network has hardly learned; "
         out.append(Claim("afan", f"{words.format(number='accuracy' if p.task == 'classification' else MAIN[p.task])} ({p.task}, {data})",
                          "08a_afan_compare", len(seeds_of(p)), 30, "difference above 0", "abstract", "95 % interval above 0",
                          "; ".join(map(_told, rows)), said, why + scale, resolve_profile(p.profile), runs))
@@ -595,7 +598,8 @@ def _cost_claim(p: CompareParameters, costs: "DataFrame", runs: tuple) -> list[C
     return [Claim("afan", f"Attacking features is cheaper than attacking pixels ({p.task}, {dataset_of(p)})", "08a_afan_compare", 1, 1,
                   "below 1", "abstract", "A-FAN's step takes less CPU time than a step on clean and attacked pixels, equal attack steps",
                   f"{ours:.2f} against {pixel:.2f} plain steps", "confirmed" if ours < pixel else "not",
-                  f"{row['model']}, site {row['site']}, {row['steps']} attack step, k = {row['strengths']}; more rows in figures/benchmarks",
+                  f"{row['model']}, site {row['site']}, {row['steps']} attack step, k = {row['strengths']}; "
+                  "more rows in figures/benchmarks",
                   resolve_profile(p.profile), runs)]
 
 def paper_claims() -> list[Claim]:
@@ -611,7 +615,7 @@ def paper_claims() -> list[Claim]:
                          f"`{r['command']}` takes about {r['hours']:g} hours of one large GPU (UNVERIFIED)"))
     return out
 
-# %% ../../nbs/07d_afan_study.ipynb #1290d1ea
+# %% ../../nbs/07d_afan_study.ipynb #8b8dd418
 ABLATIONS: dict[str, dict[str, dict[str, Any]]] = { # what varies: name and parameters of `08_afan_train`
     "site": {s: {"site": s} for s in ("stem", "stage1", "stage2", "stage3")},
     "strengths": {f"k = {k}": {"strengths": k, "mix": "0"*(k - k//2) + "1"*(k//2)} for k in (1, 2, 4, 6)},
@@ -629,7 +633,8 @@ def ablation_configs(
     check_afan(p)
     if p.task != "classification": raise SadalibError(f"ablations are for classification, not for {p.task}: use task classification.")
     smoke = resolve_profile(p.profile) == "smoke"
-    out: dict[tuple[str, str, int], Any] = {("plain", "plain", seed): afan_config(one_of(p, seed=seed, arm="plain")) for seed in seeds_of(p)}
+    out: dict[tuple[str, str, int], Any] = {("plain", "plain", seed): afan_config(one_of(p, seed=seed, arm="plain"))
+                                            for seed in seeds_of(p)}
     for what, values in ABLATIONS.items():
         if smoke and what not in ("strengths", "mix"): continue
         for name, changes in list(values.items())[:2 if smoke else None]:
