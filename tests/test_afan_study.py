@@ -108,6 +108,14 @@ def test_adversarial_terms_weigh_as_much_as_the_clean_one_by_default():
         assert weights[0] == 1 and sum(weights[1:]) == pytest.approx(1)
 
 
+def test_a_mask_survives_papermill_which_reads_it_as_a_number():
+    for told, given in (("0011", 11), ("0001", 1), ("1100", 1100), ("0000", 0)):
+        assert settings(AfanParameters(profile="small", strengths=4, mix=given))["mix"] == told
+        assert afan_method(AfanParameters(profile="small", strengths=4, mix=given)) == afan_method(AfanParameters(profile="small",
+                                                                                                                  strengths=4, mix=told))
+    with pytest.raises(SadalibError, match="k=2"): afan_method(AfanParameters(profile="small", strengths=2, mix=111))
+
+
 def test_explicit_values_win():
     p = AfanParameters(dataset="cifar10", profile="small", strengths=3, gamma=.7, epochs=2, lr=.01, train_images=77, site="stage3")
     row = settings(p)

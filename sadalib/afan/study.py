@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from pandas import DataFrame
 
-# %% ../../nbs/07d_afan_study.ipynb #a0b03979
+# %% ../../nbs/07d_afan_study.ipynb #f49fc265
 @dataclass(frozen=True)
 class AfanParameters:
     "The parameters of `08_afan_train`"
@@ -53,11 +53,11 @@ class AfanParameters:
     gamma: float | None = None # size of a step
     gamma_unit: str | None = None # 255ths | feature_std
     steps: int | None = None # of the attack
-    mix: str | None = None # which strengths are renormalised, weakest first
+    mix: str | int | None = None # which strengths are renormalised, weakest first; papermill reads 0011 as 11, which is understood
     axes: str = "channel" # channel | instance | batch
     decoder_site: str | None = None # a second site; "": none
     decoder_gamma: float | None = None # its step
-    decoder_mix: str = "" # its mask: 1 or nothing
+    decoder_mix: str | int = "" # its mask: 1 or nothing
     weights_of_terms: str = "lambda" # lambda | code
     lam: float | None = None # weight of an adversarial term; None: together they weigh as much as the clean one
     attack_bn: str = "freeze" # freeze | eval | train
@@ -132,7 +132,7 @@ PAPER: dict[str, dict[str, Any]] = { # by data set, and by task where it has sev
     "cityscapes": {**_SEGMENT, "site": "encoder.layer2", "gamma": .01, "mix": "01", "decoder_site": "decoder.block2",
                    "decoder_gamma": 1.5, "size": 768, "recipe": _poly(40, .1)}}
 
-# %% ../../nbs/07d_afan_study.ipynb #0adab967
+# %% ../../nbs/07d_afan_study.ipynb #cbfbe61e
 TASK_DATA = {"classification": ("digits", "cifar10", "cifar100", "imagenet"),
              "detection": ("scenes", "bccd", "voc2007", "voc2012", "voc0712", "coco"),
              "segmentation": ("scenes", "camvid", "voc2007", "voc2012", "cityscapes")}
@@ -162,6 +162,7 @@ def settings(
              "train_images", "size", "rois", "robust_images", "threads")
     explicit = {k: getattr(p, k) for k in names if getattr(p, k) is not None}
     row = {**usual, **found, **explicit}
+    row["mix"] = str(row["mix"]).zfill(row["strengths"]) if isinstance(row["mix"], int) else row["mix"]
     if p.strengths is not None and p.mix is None: row["mix"] = "1"*p.strengths if p.strengths < 2 else "0"*(p.strengths - 1) + "1"
     given = {k: getattr(p, k) for k in ("epochs", "batch_size", "lr", "precision") if getattr(p, k) is not None}
     return {**row, "recipe": replace(row["recipe"], **given)}
@@ -195,7 +196,7 @@ def check_afan(
         value, least = getattr(p, key, None), int(key == "strengths")
         if value is not None and value < least: raise SadalibError(f"parameter `{key}` is {value}: expected {least} or more.")
 
-# %% ../../nbs/07d_afan_study.ipynb #ddf16c51
+# %% ../../nbs/07d_afan_study.ipynb #cb80b125
 def afan_method(
     p: AfanParameters,
 ) -> Any: # a `Method`
@@ -207,7 +208,7 @@ def afan_method(
     if p.arm == "pixel": return PGDTraining(steps=max(1, row["steps"]), **PIXEL)
     if p.arm == "l_alfa": return LALFA(sites=_l_sites(row["model"]), gamma=row["gamma"], gamma_unit=row["gamma_unit"])
     mixed = p.arm == "afan"
-    decoder = SiteAttack(site=row["decoder_site"], strengths=1, gamma=row["decoder_gamma"], mix=p.decoder_mix if mixed else "",
+    decoder = SiteAttack(site=row["decoder_site"], strengths=1, gamma=row["decoder_gamma"], mix=str(p.decoder_mix) if mixed else "",
                          part="roi" if p.task == "detection" else "", **shared) if second else None
     return AFAN(site=row["site"], strengths=k, gamma=row["gamma"], steps=row["steps"], mix=row["mix"] if mixed else "", decoder=decoder,
                 weights_of_terms=p.weights_of_terms, task=p.task, lam=p.lam if p.lam is not None else 1/(k + second),
@@ -366,7 +367,7 @@ def plot_robust(
         axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, .5))
     return figure
 
-# %% ../../nbs/07d_afan_study.ipynb #3b5faee6
+# %% ../../nbs/07d_afan_study.ipynb #2c14e431
 @dataclass(frozen=True)
 class CompareParameters:
     "The parameters of `08a_afan_compare` and `08b_afan_ablate`"
@@ -380,7 +381,7 @@ class CompareParameters:
     gamma: float | None = None
     gamma_unit: str | None = None
     steps: int | None = None
-    mix: str | None = None
+    mix: str | int | None = None
     train_images: int | None = None
     epochs: int | None = None
     batch_size: int | None = None
