@@ -129,6 +129,10 @@ def test_total_may_be_scaled_and_used_twice():
     (3*total.total).backward()
     (total.total*1).backward()
     assert torch.equal(layer.weight.grad, torch.full((1, 3), 4.))
+    once = total.total
+    once.backward()
+    assert torch.equal(layer.weight.grad, torch.full((1, 3), 5.)) and torch.equal(total.gradients[0], torch.ones(1, 3))
+    with pytest.raises(RuntimeError): once.backward()
 
 
 def test_steps_of_any_number_raise_the_loss():

@@ -100,7 +100,7 @@ def term_weights(
     if not decoder: return (1/(k + 1),)*(k + 1)
     return (*[(1 - decoder_weight)/3]*(k + 1), *[decoder_weight/3/decoder]*decoder)
 
-# %% ../../nbs/07c_afan_method.ipynb #10a9cb5c
+# %% ../../nbs/07c_afan_method.ipynb #41e062ba
 class _Delivered(torch.autograd.Function):
     "A number whose backward pass hands over gradients that are known already"
     @staticmethod
@@ -110,7 +110,10 @@ class _Delivered(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, out: Tensor) -> tuple: # type: ignore[override]
-        return (None, None, *(None if g is None else g*out.to(g.dtype) for g in ctx.gradients))
+        found, ctx.gradients = ctx.gradients, None # let go, so that they become the parameters' own without a copy
+        if found is None: raise RuntimeError("these gradients were handed over already: compute the terms again.")
+        if out.device.type == "cpu" and out == 1: return (None, None, *found)
+        return (None, None, *(g*out.to(g.dtype) for g in found))
 
 # %% ../../nbs/07c_afan_method.ipynb #0428e133
 class TermSum:
