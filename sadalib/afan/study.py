@@ -367,7 +367,7 @@ def plot_robust(
         axis.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, .5))
     return figure
 
-# %% ../../nbs/07d_afan_study.ipynb #2c14e431
+# %% ../../nbs/07d_afan_study.ipynb #9461491e
 @dataclass(frozen=True)
 class CompareParameters:
     "The parameters of `08a_afan_compare` and `08b_afan_ablate`"
@@ -395,6 +395,8 @@ class CompareParameters:
 
 _SHARED = ("task", "dataset", "model", "site", "strengths", "gamma", "gamma_unit", "steps", "mix", "train_images", "epochs", "batch_size",
            "lr", "precision", "robust_images", "profile")
+
+# %% ../../nbs/07d_afan_study.ipynb #d0a48447
 SEEDS = {"smoke": (0, 1), "small": (1, 2, 3), "paper": (1, 2, 3)} # seed 0 was seen while this was built
 _SEEDS = {"bccd": (1,), "camvid": (1, 2), "scenes": (1, 2)} # at `small`: what two cores do in an hour
 
