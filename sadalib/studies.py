@@ -269,13 +269,14 @@ def _trained_on(config: TrainConfig) -> int:
     "How many images `config` trains on"
     return config.train_images or _count(config.data, config.size, config.channels)
 
-# %% ../nbs/00k_studies.ipynb #dce88bd6
+# %% ../nbs/00k_studies.ipynb #e3db67f9
 def plot_scores(
     frame: "DataFrame", # of `scores`
     by: str, # the column that names the rows
     columns: Sequence[str], # data sets, one panel each
     titles: Mapping[str, str] | None = None, # of the rows
     given: Mapping[str, Mapping[str, float]] | None = None, # by data set: published values by label, in per cent
+    label: str = "accuracy", # what `value` is
 ) -> "Figure":
     "Accuracy of each arm on each data set: dots are seeds, with their mean"
     from sadalib.report import panels, style
@@ -291,7 +292,7 @@ def plot_scores(
             for label, value in (given or {}).get(data, {}).items():
                 axis.axvline(value, color="gray", lw=.8, ls="--")
                 axis.text(value, len(names) - .4, label, fontsize=6, rotation=40, color="gray")
-            axis.set(title=f"{data}\n\n" if given else data, xlabel="accuracy [%]", ylim=(-.6, len(names) - .4))
+            axis.set(title=f"{data}\n\n" if given else data, xlabel=f"{label} [%]".lstrip(), ylim=(-.6, len(names) - .4))
             axis.set_yticks(range(len(names)), [(titles or {}).get(n, n) for n in names] if axis is axes[0] else [])
     return figure
 

@@ -421,7 +421,7 @@ def channel_maps(
     names = ["clean", *(f"strength {i + 1}" for i in range(len(points)))]
     with style(): return _draw_maps(shown, changes, names, channel, min(columns, len(names)))
 
-# %% ../../nbs/07e_afan_evidence.ipynb #21c05160
+# %% ../../nbs/07e_afan_evidence.ipynb #df6e4771
 def perturbation_curve(
     frame: "DataFrame", # name, epoch, size_l2, size_linf; rows with one name and epoch are averaged
 ) -> "Figure":
@@ -437,6 +437,6 @@ def perturbation_curve(
                 mean = part.groupby("epoch")[column].mean()
                 axis.plot(mean.index, mean, "o-", ms=2.5, color=PALETTE[i % len(PALETTE)], label=str(name))
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axis.set(title=f"{title} of the change", xlabel="epoch", ylim=(0, None))
+            axis.set(title=f"{title} of the change", xlabel="epoch", ylim=(0, 1.08*frame[column].max() or 1))
         axes[-1].legend(loc="center left", bbox_to_anchor=(1, .5))
     return figure
