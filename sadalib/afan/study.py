@@ -77,7 +77,7 @@ class AfanParameters:
     save: bool = False # write pictures and tables to figures/
     force: bool = False # let a lower profile overwrite a better one's figures
 
-# %% ../../nbs/07d_afan_study.ipynb #551836d0
+# %% ../../nbs/07d_afan_study.ipynb #ec5c50e6
 _STD: dict[str, Any] = dict(gamma=.2, gamma_unit="feature_std", steps=1, strengths=2, mix="01", threads=1)
 _CIFAR: dict[str, Any] = dict(**_STD, model="resnet20", site="stage2", train_images=2500, valid_images=1000, robust_images=500,
                               recipe=Recipe(epochs=8, batch_size=64, lr=.1, augment="crop_flip"))
@@ -100,7 +100,7 @@ SMALL: dict[str, dict[str, Any]] = { # by data set
                                 recipe=Recipe(epochs=8, batch_size=8, lr=.05, warmup=20))}
 SMOKE: dict[str, dict[str, Any]] = { # by task
     "classification": dict(**_STD, model="tinynet", site="features.1", train_images=600, valid_images=100, robust_images=50,
-                           recipe=Recipe(epochs=8, batch_size=30, lr=.05, warmup=10)),
+                           recipe=Recipe(epochs=8, batch_size=30, lr=.03, warmup=10)),
     "detection": {**_DETECTION, "rois": 16, "train_images": 8, "test_images": 4, "robust_images": 2,
                   "recipe": Recipe(epochs=2, batch_size=4, lr=.01, warmup=2)},
     "segmentation": {**_SEGMENTATION, "train_images": 24, "test_images": 8, "robust_images": 4,
