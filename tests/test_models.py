@@ -14,7 +14,8 @@ COUNTS = {"digitnet": 4_547_466, "resnet20": 269_722, "resnet32": 464_154, "resn
           "resnet110": 1_727_962, "wrn_16_1": 175_066, "wrn_16_4": 2_748_890, "wrn_40_2": 2_243_546,
           "wrn_28_10": 36_479_194, "shake_shake_26_2x32d": 2_923_162, "shake_shake_26_2x96d": 26_192_906,
           "shake_shake_26_2x112d": 35_640_426, "pyramidnet_272_shakedrop": 26_210_842, "resnet50": 23_528_522,
-          "resnet50d": 23_547_754, "resnet200": 62_645_322, "resnet18": 11_181_642, "tinynet": 6_666}
+          "resnet50d": 23_547_754, "resnet200": 62_645_322, "resnet18": 11_181_642, "tinynet": 6_666,
+          "resnet18_32": 11_173_962, "efficientnet_b0": 4_020_358}
 
 LARGE = {"resnet18", "resnet110", "wrn_28_10", "shake_shake_26_2x96d", "shake_shake_26_2x112d", "resnet50", "resnet50d",
          "resnet200", "pyramidnet_272_shakedrop"} # slow to build or run; their blocks are tested in test_shake_networks
