@@ -261,7 +261,7 @@ def test_one_bad_image_ends_no_run_and_is_counted(tmp_path, monkeypatch):
     config = replace(DET, data="bccd", train_images=None, test_images=None, size=64)
     run = require(config, root=tmp_path/"runs")
     found = record(run)
-    assert found["trained_on"] == 3 + 1 # the empty object list of f is filled by the helper
+    assert found["trained_on"] == 3 + 1 # `voc` gives f, whose list is empty, one object
     assert found["skipped"]["train"] == {"unreadable picture": 1, "box of zero area": 1, "box outside the picture": 1,
                                          "image without objects": 1, "unknown class": 1}
 
